@@ -1,0 +1,204 @@
+"""Every setting of the method and of its calibration data, as frozen dataclasses; presets; overrides.
+
+Standard library only, so that `ptq161 --help` and `ptq161 inspect` stay instant.
+"""
+
+import dataclasses
+import difflib
+import enum
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ptq161.errors import InputError
+
+
+class Statistic(enum.StrEnum):
+    """Per-channel activation statistic that ranks the input channels (section 3.2)."""
+
+    ABSMAX = "absmax"  # published code: max |x| over every calibration token
+    ABSMEAN = "absmean"  # the paper's wording: activation magnitude; robust against one outlier token
+
+
+class SalientRange(enum.StrEnum):
+    """What a row's 4-bit grid (Eq. 1) spans."""
+
+    ROW = "row"  # published code: min and max of the whole row, binarized columns included
+    SALIENT = "salient"  # min and max of the row's salient weights only
+
+
+class Magnitude(enum.StrEnum):
+    """The magnitude term of the block distance (Eq. 5)."""
+
+    MSE = "mse"  # published code: mean squared error
+    L2 = "l2"  # the paper's formula: the L2 norm, here per token and averaged
+
+
+class Compute(enum.StrEnum):
+    """Arithmetic of the learning steps. Targets, streams and reported losses are always float32."""
+
+    AUTO = "auto"  # bfloat16 where the hardware multiplies it natively, else float32
+    BFLOAT16 = "bfloat16"  # matrix products under autocast; factors and loss stay float32
+    FLOAT32 = "float32"
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+# Not typing.Self: beartype, which checks annotations in tests, takes it only inside classes that it decorates itself.
+_AnySettings = TypeVar("_AnySettings", bound="_Settings")
+
+
+class _Settings:
+    """Shared by the two settings classes: typed overrides from text or TOML values."""
+
+    def replaced(self: _AnySettings, values: Mapping[str, Any]) -> _AnySettings:
+        """Return a copy with `values` (text or TOML scalars) converted to each field's type.
+
+        Raises InputError for an unknown key (naming the nearest) or a value that does not fit the field.
+        """
+        fields = typing.get_type_hints(type(self))
+        converted = {}
+        for key, value in values.items():
+            if key not in fields:
+                raise InputError(unknown("setting", key, fields))
+            converted[key] = _convert(key, value, fields[key])
+        return dataclasses.replace(self, **converted)  # type: ignore[type-var]
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig(_Settings):
+    """Every number of the method. Defaults are the paper's (sections 3.2, 3.3, 4.1); see docs/algorithm.md."""
+
+    method: str = "ptq161"
+    bits: float | None = 1.61  # honest bits per weight to stay within; exclusive with salient_ratio
+    salient_ratio: float | None = None  # share of the input channels kept at 4 bits
+    statistic: Statistic = Statistic.ABSMAX
+    salient_range: SalientRange = SalientRange.ROW
+    row_mean: bool = True  # centre each row before taking signs (published code; not in Eq. 9)
+    magnitude: Magnitude = Magnitude.MSE
+    angular: bool = True  # the negative-log-cosine term of Eq. 5 (ablated in Table 7)
+    epochs: int = 20  # 0: keep the initial factors
+    batch_size: int = 1
+    lr_scale: float = 5e-4  # for the row scale (alpha_s)
+    lr_angular: float = 1e-3  # for the angular factors (alpha_r1, alpha_r2)
+    compute: Compute = Compute.AUTO
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(
+            (self.bits is None) != (self.salient_ratio is None),
+            f"bits={self.bits} with salient_ratio={self.salient_ratio}: set exactly one of the two",
+        )
+        _check(
+            self.bits is None or (math.isfinite(self.bits) and 1 < self.bits <= 8),
+            f"bits={self.bits} is out of range: expected more than 1 and at most 8, e.g. 1.61",
+        )
+        _check(
+            self.salient_ratio is None or 0 <= self.salient_ratio <= 1,
+            f"salient_ratio={self.salient_ratio} is out of range: expected 0 to 1, e.g. 0.2",
+        )
+        _check(self.epochs >= 0, f"epochs={self.epochs} is out of range: expected 0 or more")
+        _check(self.batch_size >= 1, f"batch_size={self.batch_size} is out of range: expected 1 or more")
+        for name in ("lr_scale", "lr_angular"):
+            value = getattr(self, name)
+            _check(math.isfinite(value) and value >= 0, f"{name}={value} is out of range: expected 0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationConfig(_Settings):
+    """Which text the activations come from (section 4.1: 128 segments of 2048 tokens of WikiText2 train)."""
+
+    sources: tuple[str, ...] = ("wikitext2",)
+    samples: int = 128
+    seqlen: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(len(self.sources) > 0, "no calibration source: name one with --calib FILE|wikitext2|c4|redpajama|self")
+        _check(self.samples >= 1, f"samples={self.samples} is out of range: expected 1 or more")
+        _check(self.seqlen >= 2, f"seqlen={self.seqlen} is out of range: expected 2 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A named pair of settings and what it is for."""
+
+    quant: QuantConfig
+    calibration: CalibrationConfig
+    purpose: str
+
+
+PRESETS: dict[str, Preset] = {
+    "paper": Preset(QuantConfig(), CalibrationConfig(), "the paper's settings: 128 x 2048 tokens, 20 epochs"),
+    "fast": Preset(
+        QuantConfig(epochs=4),
+        CalibrationConfig(samples=32, seqlen=512),
+        "the paper's method at the size of a CPU: 32 x 512 tokens, 4 epochs",
+    ),
+}
+
+
+def preset_named(name: str) -> Preset:
+    """Look up a preset by name. Raises InputError naming the nearest one."""
+    if name not in PRESETS:
+        raise InputError(unknown("preset", name, PRESETS))
+    return PRESETS[name]
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """One line for an unknown name: what was given, the nearest known one, and all of them."""
+    known = list(known)
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+    return f"unknown {kind} {name!r}{hint}; expected one of: {', '.join(known)}"
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a flat TOML file of settings. Raises InputError if it cannot be read or has tables in it."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read settings file {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"settings file {path} is not valid TOML: {error}") from error
+    tables = [key for key, value in values.items() if isinstance(value, dict)]
+    _check(not tables, f"settings file {path} has a table [{', '.join(tables)}]: expected flat key = value lines")
+    return values
+
+
+def _convert(key: str, value: Any, wanted: Any) -> Any:
+    """Convert text or a TOML scalar to a field's type."""
+    if isinstance(wanted, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            return None
+        wanted = next(t for t in typing.get_args(wanted) if t is not type(None))
+    if typing.get_origin(wanted) is tuple:
+        return (value,) if isinstance(value, str) else tuple(value)
+    try:
+        if isinstance(wanted, type) and issubclass(wanted, enum.StrEnum):
+            return wanted(value)
+        if wanted is bool:
+            return _to_bool(value)
+        if wanted is int and isinstance(value, float) and not value.is_integer():
+            raise ValueError
+        return wanted(value)
+    except (TypeError, ValueError) as error:
+        is_choice = isinstance(wanted, type) and issubclass(wanted, enum.Enum)
+        expected = " or ".join(member.value for member in wanted) if is_choice else wanted.__name__
+        raise InputError(f"setting {key}={value!r}: expected {expected}") from error
+
+
+def _to_bool(value: Any) -> bool:
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() not in words:
+        raise ValueError
+    return words[str(value).lower()]
