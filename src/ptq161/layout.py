@@ -1,0 +1,155 @@
+"""The packed model as a whole: which linears, in which layout, sharing which column types; every size follows.
+
+`ModelLayout` is what `config.json` carries under `quantization_config`, what an empty packed model is built from,
+and what every bit count is computed from, whether predicted from a bare config or measured on a file.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ptq161.binarize import CODE_WIDTHS
+from ptq161.errors import CheckpointError
+from ptq161.packing import COLUMN_TYPES, FORMAT_VERSION, GroupLayout, LinearLayout, TensorSpec
+
+
+@dataclass(frozen=True)
+class PackedLinearSpec:
+    """One packed linear of a model. `columns_from` names the linear that stores the column types, if not this one."""
+
+    layout: LinearLayout
+    columns_from: str | None = None
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """The tensors stored under this linear's own name."""
+        specs = self.layout.specs()
+        if self.columns_from is not None:
+            specs.pop(COLUMN_TYPES, None)
+        return specs
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """Module name -> packed linear, for every linear that is quantized."""
+
+    linears: Mapping[str, PackedLinearSpec]
+
+    @property
+    def quantized_weights(self) -> int:
+        """Weights of all quantized linears: rows * cols, summed."""
+        return sum(spec.layout.rows * spec.layout.cols for spec in self.linears.values())
+
+    def tensor_specs(self) -> dict[str, TensorSpec]:
+        """Full tensor name -> spec of everything stored because of quantization."""
+        return {f"{name}.{tensor}": s for name, spec in self.linears.items() for tensor, s in spec.specs().items()}
+
+    def parts(self) -> dict[str, int]:
+        """Bytes by part: codes_<width> for every width of the table, columns, scales."""
+        counts = Counter({f"codes_{width}": 0 for width in CODE_WIDTHS} | {"columns": 0, "scales": 0})
+        for spec in self.tensor_specs().values():
+            counts[spec.part] += spec.nbytes
+        return dict(counts)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Honest bits: 8 * stored bytes / quantized weights, every vector, mask and padding bit included."""
+        return 8 * sum(self.parts().values()) / self.quantized_weights
+
+    @property
+    def paper_bits(self) -> float | None:
+        """The paper's own count (Appendix A) averaged over the weights; None if a linear is not 4-bit + 1-bit."""
+        total = 0.0
+        for spec in self.linears.values():
+            sizes = {group.width: group.cols for group in spec.layout.groups}
+            if not sizes.keys() <= {"1bit", "4bit"}:
+                return None
+            rows, cols = spec.layout.rows, spec.layout.cols
+            total += rows * cols * paper_bits(rows, cols, sizes.get("4bit", 0) / cols)
+        return total / self.quantized_weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form: distinct layouts once, then an index (and the owner of shared column types) per linear."""
+        layouts = list(dict.fromkeys(spec.layout for spec in self.linears.values()))
+        return {
+            "format_version": FORMAT_VERSION,
+            "layouts": [asdict(layout) for layout in layouts],
+            "linears": {
+                name: {"layout": layouts.index(spec.layout), "columns_from": spec.columns_from}
+                for name, spec in self.linears.items()
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "ModelLayout":
+        """Read the JSON form. Raises CheckpointError for another format version or anything malformed."""
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"packed format version is {version!r}, this ptq161 reads version {FORMAT_VERSION}; "
+                "install the ptq161 that wrote the checkpoint, or quantize again"
+            )
+        try:
+            layouts = [_linear_layout(entry) for entry in data["layouts"]]
+            linears = {name: _spec(entry, layouts) for name, entry in data["linears"].items()}
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"quantization_config is malformed: {error!r}") from error
+        for name, spec in linears.items():
+            _check_owner(name, spec, linears)
+        return cls(linears)
+
+
+def paper_bits(rows: int, cols: int, salient_ratio: float) -> float:
+    """Bits per weight by the paper's formula (Eq. 8, Appendix A).
+
+    Overheads are divided by the number of weight *bits*, and the row mean and the 4-bit scales are left out: that is
+    how the paper counts, not what a file holds (see docs/format.md).
+    """
+    weight_bits = (1 - salient_ratio) * 1 + salient_ratio * 4
+    total_bits = rows * cols * weight_bits
+    index_bits = cols / total_bits
+    additional_bits = ((2 * rows + cols) * 16 + salient_ratio * cols * 16) / total_bits
+    return weight_bits + index_bits + additional_bits
+
+
+def _linear_layout(entry: Mapping[str, Any]) -> LinearLayout:
+    groups = tuple(_group_layout(group) for group in entry["groups"])
+    if not 1 <= len(groups) <= 16:
+        raise ValueError(f"{len(groups)} column groups")
+    return LinearLayout(_positive(entry["rows"], "rows"), groups)
+
+
+def _group_layout(entry: Mapping[str, Any]) -> GroupLayout:
+    if entry["width"] not in CODE_WIDTHS:
+        raise ValueError(f"code width {entry['width']!r}")
+    for flag in ("zero", "mean", "col"):
+        if not isinstance(entry[flag], bool):
+            raise ValueError(f"{flag}={entry[flag]!r}")
+    return GroupLayout(
+        entry["width"], _positive(entry["cols"], "cols"), zero=entry["zero"], mean=entry["mean"], col=entry["col"]
+    )
+
+
+def _positive(value: Any, name: str) -> int:
+    # The bound keeps rows * cols far inside 64 bits, so that no size computed from a hostile file can wrap.
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 2**28:
+        raise ValueError(f"{name}={value!r}")
+    return value
+
+
+def _spec(entry: Mapping[str, Any], layouts: list[LinearLayout]) -> PackedLinearSpec:
+    index, owner = entry["layout"], entry["columns_from"]
+    if not isinstance(index, int) or index < 0 or not (owner is None or isinstance(owner, str)):
+        raise ValueError(f"linear entry {dict(entry)!r}")
+    return PackedLinearSpec(layouts[index], owner)
+
+
+def _check_owner(name: str, spec: PackedLinearSpec, linears: Mapping[str, PackedLinearSpec]) -> None:
+    if spec.columns_from is None:
+        return
+    owner = linears.get(spec.columns_from)
+    if owner is None or owner.columns_from is not None:
+        raise CheckpointError(f"{name} takes its column types from {spec.columns_from!r}, which stores none")
+    sizes = [group.cols for group in spec.layout.groups]
+    if sizes != [group.cols for group in owner.layout.groups]:
+        raise CheckpointError(f"{name} and {spec.columns_from} share column types but not group sizes")
