@@ -1,0 +1,377 @@
+"""Generic plumbing for HF decoder models: find the blocks, learn how the model calls them, run them, watch them.
+
+No family is named here. A block is an element of the `nn.ModuleList` whose class the model lists as not to be split;
+how it is called is recorded from the model's own forward pass and replayed one sample at a time.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ptq161.budget import LinearShape
+from ptq161.errors import NonFiniteError, UnsupportedModel, UnsupportedModule
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """How the model calls one block: everything but the hidden states, as recorded for a single sample."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(
+        self,
+        block: nn.Module,
+        hidden: Float[Tensor, "1 seq hidden"],
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Float[Tensor, "1 seq hidden"]:
+        """Run the block on one sample, with some of its parameters replaced by `weights` (name -> tensor)."""
+        args = (hidden, *self.args)
+        if weights is None:
+            output = block(*args, **self.kwargs)
+        else:
+            output = torch.func.functional_call(block, dict(weights), args, self.kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def to(self, device: torch.device) -> "BlockCall":
+        """A copy with its tensors on `device`."""
+        return BlockCall(_map_tensors(self.args, device), _map_tensors(self.kwargs, device))
+
+
+@dataclass
+class InputStats:
+    """Running per-channel statistics of one linear's input: (cols,) each, over `tokens` tokens."""
+
+    absmax: Float[Tensor, " cols"]
+    abs_sum: Float[Tensor, " cols"]
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, cols: int, device: torch.device) -> "InputStats":
+        """Statistics of no tokens at all."""
+        return cls(torch.zeros(cols, device=device), torch.zeros(cols, device=device))
+
+    def update(self, inputs: Float[Tensor, "*batch cols"]) -> None:
+        """Take in the inputs of one call."""
+        magnitude = inputs.detach().float().abs().flatten(0, -2)
+        self.absmax = torch.maximum(self.absmax, magnitude.amax(dim=0))
+        self.abs_sum += magnitude.sum(dim=0)
+        self.tokens += magnitude.shape[0]
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """All that a method may see of one decoder block. Streams are float32 (samples, seq, hidden).
+
+    linears: name inside the block -> module, in order of definition.
+    columns_from: linear -> earlier linear that sees the same input, where there is one.
+    quantized_in: the quantized stream into the block (X_q of Eq. 7).
+    full_out: the original block on the full-precision stream, F(X, W).
+    local_out: the original block on the quantized stream, F(X_q, W).
+    stats: input statistics of each linear over the full-precision stream.
+    """
+
+    index: int
+    block: nn.Module
+    linears: dict[str, nn.Linear]
+    columns_from: dict[str, str]
+    quantized_in: Float[Tensor, "samples seq hidden"]
+    full_out: Float[Tensor, "samples seq hidden"]
+    local_out: Float[Tensor, "samples seq hidden"]
+    call: BlockCall
+    stats: dict[str, InputStats]
+    salient_ratio: float
+
+    def sample(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(quantized_in, full_out, local_out) of one sample, each (1, seq, hidden), on the block's device."""
+        device = next(self.block.parameters()).device
+        streams = (self.quantized_in, self.full_out, self.local_out)
+        quantized_in, full_out, local_out = (stream[index : index + 1].to(device) for stream in streams)
+        return quantized_in, full_out, local_out
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Where a walk stands: the next block to quantize and the two streams that enter it."""
+
+    next_block: int
+    full: Float[Tensor, "samples seq hidden"]
+    quantized: Float[Tensor, "samples seq hidden"]
+
+
+class _Seen(Exception):
+    """Ends a forward pass once all that was wanted has been seen."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one pass of the model showed about its blocks."""
+
+    calls: list[BlockCall]
+    columns_from: list[dict[str, str]] = field(repr=False)  # per block: linear -> earlier linear with the same input
+
+
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Find the model's decoder blocks: their name (e.g. `model.layers`) and the list itself.
+
+    Raises UnsupportedModel if there is no such list, or more than one.
+    """
+    names = set(model._no_split_modules or ())
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(type(m).__name__ in names for m in module)
+    ]
+    kind = type(model).__name__
+    if len(found) != 1:
+        lists = ", ".join(name for name, _ in found) or "none"
+        raise UnsupportedModel(
+            f"{kind} has {len(found)} lists of decoder blocks ({lists}); expected exactly one nn.ModuleList of "
+            f"{', '.join(sorted(names)) or 'a class named in _no_split_modules'}. Text decoders only."
+        )
+    return found[0]
+
+
+def block_linears(model: PreTrainedModel, index: int, block: nn.Module) -> dict[str, nn.Linear]:
+    """The block's linears by name. Raises UnsupportedModule if it keeps weight matrices anywhere else, or has none."""
+    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    owned = {id(module.weight) for module in linears.values()}
+    others = [name for name, p in block.named_parameters() if p.ndim >= 2 and id(p) not in owned]
+    where = f"block {index} of {type(model).__name__}"
+    if others:
+        parents = {name: block.get_submodule(name.rpartition(".")[0]) for name in others}
+        shown = ", ".join(f"{name} ({type(parents[name]).__name__})" for name in others[:3])
+        raise UnsupportedModule(
+            f"{where} keeps weights outside nn.Linear: {shown}{', ...' if len(others) > 3 else ''}. "
+            "ptq161 quantizes nn.Linear (and subclasses that compute x @ W.T) only."
+        )
+    if not linears:
+        raise UnsupportedModule(f"{where} has no nn.Linear: there is nothing to quantize.")
+    return linears
+
+
+@contextmanager
+def without_blocks(blocks: nn.ModuleList) -> Iterator[None]:
+    """Inside, the list is empty, so that `model.float()` and the like reach everything except the blocks."""
+    held = dict(blocks._modules)
+    blocks._modules.clear()
+    try:
+        yield
+    finally:
+        blocks._modules.update(held)
+
+
+@torch.no_grad()
+def trace(
+    model: PreTrainedModel, blocks: nn.ModuleList, samples: Int64[Tensor, "samples seq"], device: torch.device
+) -> Trace:
+    """Run up to two samples through the whole model, one block on `device` at a time, and record how blocks are called.
+
+    Two different samples must lead to the same call, or the calibration could not replay it. Blocks run in float32.
+    Raises UnsupportedModel if a block's call depends on the tokens in any other way than through its hidden states.
+    """
+    calls, columns_from = _trace_one(model, blocks, samples[:1], device)
+    if len(samples) > 1:
+        again, _ = _trace_one(model, blocks, samples[1:2], device)
+        for index, (one, other) in enumerate(zip(calls, again, strict=True)):
+            if not _same_tensors((one.args, one.kwargs), (other.args, other.kwargs)):
+                raise UnsupportedModel(
+                    f"block {index} of {type(model).__name__} receives inputs that depend on the tokens besides its "
+                    "hidden states; calibration cannot replay such a block."
+                )
+    return Trace(calls, columns_from)
+
+
+def _trace_one(
+    model: PreTrainedModel, blocks: nn.ModuleList, sample: Int64[Tensor, "1 seq"], device: torch.device
+) -> tuple[list[BlockCall], list[dict[str, str]]]:
+    calls: list[BlockCall] = []
+    columns_from: list[dict[str, str]] = []
+    inputs: dict[str, Tensor] = {}
+    handles = []
+
+    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if not args:
+            raise UnsupportedModel(f"{type(block).__name__} is not given its hidden states as first argument.")
+        block.float().to(device)
+        inputs.clear()
+        call = BlockCall(_map_tensors(args[1:], device), _map_tensors(kwargs, device))
+        calls.append(call)
+        return (args[0].to(device), *call.args), call.kwargs
+
+    def after(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        columns_from.append(_first_with_same_input({name: inputs[name] for name in names[id(block)] if name in inputs}))
+        block.to(dtype=dtypes[id(block)], device=sources[id(block)])
+        if len(columns_from) == len(blocks):
+            raise _Seen
+
+    names = {id(block): [name for name, _ in block.named_modules()] for block in blocks}
+    dtypes = {id(block): next(block.parameters()).dtype for block in blocks}
+    sources = {id(block): next(block.parameters()).device for block in blocks}
+    for block in blocks:
+        handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(block.register_forward_hook(after, with_kwargs=True))
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear):
+                handles.append(module.register_forward_pre_hook(_recorder(inputs, name)))
+    try:
+        model(sample, use_cache=False)
+    except _Seen:
+        return calls, columns_from
+    finally:
+        for handle in handles:
+            handle.remove()
+    raise UnsupportedModel(
+        f"{type(model).__name__} called {len(columns_from)} of its {len(blocks)} decoder blocks once; "
+        "calibration needs every block to run once, in order."
+    )
+
+
+def _recorder(inputs: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs[name] = args[0]
+
+    return record
+
+
+def _first_with_same_input(inputs: Mapping[str, Tensor]) -> dict[str, str]:
+    """Linear -> first linear that was handed the very same tensor object, for all but the first.
+
+    `inputs` is in order of definition, not of use (OPT runs q first but defines it last), so that
+    whoever goes through a block's linears meets the first one first.
+    """
+    first: dict[int, str] = {}
+    return {name: first[id(x)] for name, x in inputs.items() if first.setdefault(id(x), name) != name}
+
+
+def linear_shapes(model: PreTrainedModel, prefix: str, blocks: nn.ModuleList, traced: Trace) -> dict[str, LinearShape]:
+    """Full name -> shape of every linear in the decoder blocks."""
+    shapes = {}
+    for index, block in enumerate(blocks):
+        for name, linear in block_linears(model, index, block).items():
+            owner = traced.columns_from[index].get(name)
+            shapes[f"{prefix}.{index}.{name}"] = LinearShape(
+                linear.out_features, linear.in_features, None if owner is None else f"{prefix}.{index}.{owner}"
+            )
+    return shapes
+
+
+def config_shapes(config: PreTrainedConfig) -> dict[str, LinearShape]:
+    """`linear_shapes` of a bare configuration, without weights: a 65B model takes a second and no memory.
+
+    The blocks stay on meta. All else lies uninitialized (so, untouched) on the CPU, because the models' own masks and
+    positions look at values. Raises UnsupportedModel.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    prefix, blocks = decoder_blocks(model)
+    for index, block in enumerate(blocks):
+        block_linears(model, index, block)
+    with without_blocks(blocks):
+        model.to_empty(device="cpu")
+    sample = torch.zeros(1, 2, dtype=torch.int64)
+    return linear_shapes(model, prefix, blocks, trace(model, blocks, sample, torch.device("meta")))
+
+
+@torch.no_grad()
+def first_hidden(
+    model: PreTrainedModel, blocks: nn.ModuleList, samples: Int64[Tensor, "samples seq"]
+) -> Float[Tensor, "samples seq hidden"]:
+    """The hidden states that enter the first block, float32, for every sample."""
+    captured: list[Tensor] = []
+
+    def capture(block: nn.Module, args: tuple[Any, ...]) -> None:
+        captured.append(args[0].float())
+        raise _Seen
+
+    handle = blocks[0].register_forward_pre_hook(capture)
+    try:
+        for sample in samples:
+            try:
+                model(sample[None], use_cache=False)
+            except _Seen:
+                continue
+    finally:
+        handle.remove()
+    return torch.cat(captured)
+
+
+@torch.no_grad()
+def advance(
+    block: nn.Module,
+    call: BlockCall,
+    stream: Float[Tensor, "samples seq hidden"],
+    device: torch.device,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Float[Tensor, "samples seq hidden"]:
+    """Run a whole stream through a block, sample by sample; the result lies where the stream lies."""
+    out = torch.empty_like(stream)
+    for index, sample in enumerate(stream):
+        out[index] = call(block, sample[None].to(device), weights)[0]
+    return out
+
+
+@contextmanager
+def watch_inputs(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, InputStats]]:
+    """Collect InputStats of these linears while the block runs inside the `with`."""
+    stats = {name: InputStats.empty(m.in_features, m.weight.device) for name, m in linears.items()}
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, s=stats[name]: s.update(args[0]))
+        for name, module in linears.items()
+    ]
+    try:
+        yield stats
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_weights(where: str, linears: Mapping[str, nn.Linear]) -> None:
+    """Raises NonFiniteError naming the first linear whose weight has NaN or infinite values."""
+    for name, linear in linears.items():
+        if not linear.weight.isfinite().all():
+            raise NonFiniteError(
+                f"{where}.{name}.weight has NaN or infinite values; the source model is damaged or was saved in too "
+                "small a dtype. Check its file."
+            )
+
+
+def check_stats(where: str, stats: Mapping[str, InputStats]) -> None:
+    """Raises for a linear whose input was not finite, or that no token reached."""
+    for name, stat in stats.items():
+        if not stat.absmax.isfinite().all():
+            raise NonFiniteError(f"the input of {where}.{name} is not finite on the calibration text.")
+        if stat.tokens == 0:
+            raise UnsupportedModel(
+                f"no calibration token reached {where}.{name} (an expert without samples?); give more --samples."
+            )
+
+
+def _map_tensors(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_map_tensors(v, device) for v in value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(v, device) for key, v in value.items()}
+    return value
+
+
+def _same_tensors(one: Any, other: Any) -> bool:
+    pairs: Iterable[tuple[Any, Any]]
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, tuple | list):
+        pairs = zip(one, other, strict=True)
+    elif isinstance(one, dict):
+        pairs = ((value, other.get(key)) for key, value in one.items())
+    else:
+        return True
+    return all(_same_tensors(a, b) for a, b in pairs)

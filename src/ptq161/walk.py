@@ -1,0 +1,209 @@
+"""Walk the decoder blocks of a model in memory: quantize each, carry both streams forward.
+
+Two streams of hidden states go through the model side by side (Eq. 7): the full-precision one through the original
+blocks, the quantized one through what the blocks have become. Nothing here touches the disk.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptq161.blocks import (
+    BlockTask,
+    Streams,
+    Trace,
+    advance,
+    block_linears,
+    check_stats,
+    check_weights,
+    decoder_blocks,
+    first_hidden,
+    linear_shapes,
+    trace,
+    watch_inputs,
+    without_blocks,
+)
+from ptq161.budget import model_layout, salient_ratio
+from ptq161.config import QuantConfig
+from ptq161.errors import InputError, NonFiniteError
+from ptq161.fit import measure
+from ptq161.layout import ModelLayout
+from ptq161.methods import METHODS
+from ptq161.packing import pack
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. `first` and `last` are the half-open range of blocks; `seconds` count from the start."""
+
+    block: int
+    first: int
+    last: int
+    phase: str  # prepare, targets, learn, save
+    step: int
+    steps: int
+    loss: float | None
+    seconds: float
+
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model made ready: its blocks, how they are called, and what they will become. Everything but blocks is fp32."""
+
+    model: PreTrainedModel
+    prefix: str
+    blocks: nn.ModuleList
+    traced: Trace
+    first: int
+    last: int
+    ratio: float
+    layout: ModelLayout
+    dense_linears: int  # linears of the decoder blocks outside first..last-1
+
+
+@dataclass(frozen=True)
+class QuantizedBlock:
+    """One finished block: packed tensors by full name, the JSON record, and the streams into the next block."""
+
+    index: int
+    prefix: str  # the block's module name
+    packed: dict[str, Tensor]
+    record: dict[str, Any]
+    streams: Streams
+
+
+def prepare(
+    model: PreTrainedModel,
+    samples: Int64[Tensor, "samples seq"],
+    config: QuantConfig,
+    block_range: tuple[int, int] | None,
+    device: torch.device,
+) -> Prepared:
+    """Find and check the blocks, record how they are called, and fix the salient ratio and layout of every linear.
+
+    Raises UnsupportedModel (and UnsupportedModule), or InputError for a block range or a bit budget out of reach.
+    """
+    prefix, blocks = decoder_blocks(model)
+    first, last = block_range or (0, len(blocks))
+    if not 0 <= first < last <= len(blocks):
+        raise InputError(f"blocks {first}:{last} is out of range: the model has blocks 0:{len(blocks)} (half-open)")
+    for index, block in enumerate(blocks):
+        block_linears(model, index, block)
+    with without_blocks(blocks):
+        model.float()
+    model.eval()
+    model.requires_grad_(False)
+    traced = trace(model, blocks, samples[:2], device)
+    every = linear_shapes(model, prefix, blocks, traced)
+    quantized_blocks = tuple(f"{prefix}.{index}." for index in range(first, last))
+    shapes = {name: shape for name, shape in every.items() if name.startswith(quantized_blocks)}
+    ratio = salient_ratio(shapes, config)
+    layout = model_layout(shapes, ratio, config.row_mean)
+    return Prepared(model, prefix, blocks, traced, first, last, ratio, layout, len(every) - len(shapes))
+
+
+def walk(
+    prepared: Prepared,
+    samples: Int64[Tensor, "samples seq"],
+    config: QuantConfig,
+    device: torch.device,
+    start: Streams | None = None,
+    on_progress: OnProgress = lambda progress: None,
+) -> Iterator[QuantizedBlock]:
+    """Quantize block after block, yielding each as soon as it is done.
+
+    `start` continues an interrupted walk. One block is on `device` at a time, in float32; the model keeps its
+    original weights. Raises NonFiniteError naming block and linear.
+    """
+    began = time.monotonic()
+    model, blocks = prepared.model, prepared.blocks
+
+    def report(index: int, phase: str, step: int = 0, steps: int = 1, loss: float | None = None) -> None:
+        seconds = time.monotonic() - began
+        on_progress(Progress(index, prepared.first, prepared.last, phase, step, steps, loss, seconds))
+
+    if start is None:
+        report(prepared.first, "prepare")
+        hidden = first_hidden(model, blocks, samples)
+        for index in range(prepared.first):
+            with _on_device(blocks[index], device):
+                hidden = advance(blocks[index], prepared.traced.calls[index], hidden, device)
+        start = Streams(prepared.first, hidden, hidden.clone())
+    streams = start
+    for index in range(start.next_block, prepared.last):
+        block_began = time.monotonic()
+        with _on_device(blocks[index], device):
+            report(index, "targets")
+            task = _block_task(prepared, index, streams, device)
+
+            def on_step(step: int, steps: int, loss: float, index: int = index) -> None:
+                report(index, "learn", step, steps, loss)
+
+            result = METHODS[config.method](task, config, on_step)
+            loss_last, quantized = measure(task, result.weights, config)
+        if not torch.tensor([result.loss_first, loss_last]).isfinite().all() or not quantized.isfinite().all():
+            raise NonFiniteError(
+                f"block {index} of {prepared.prefix} gives a loss of {loss_last} (from {result.loss_first}) with its "
+                "stored factors; its activations or factors overflow. Lower lr_scale and lr_angular (--set)."
+            )
+        streams = Streams(index + 1, task.full_out, quantized)
+        packed = {}
+        for name, weight in result.weights.items():
+            full_name = f"{prepared.prefix}.{index}.{name}"
+            spec, packed_weight = prepared.layout.linears[full_name], pack(weight)
+            assert packed_weight.layout == spec.layout, (full_name, packed_weight.layout, spec.layout)
+            packed.update({f"{full_name}.{tensor}": packed_weight.tensors[tensor].cpu() for tensor in spec.specs()})
+        record = {
+            "index": index,
+            "loss_first": result.loss_first,
+            "loss_last": loss_last,
+            "seconds": time.monotonic() - block_began,
+        }
+        report(index, "save", 1, 1, loss_last)
+        yield QuantizedBlock(index, f"{prepared.prefix}.{index}", packed, record, streams)
+
+
+def _block_task(prepared: Prepared, index: int, streams: Streams, device: torch.device) -> BlockTask:
+    """Targets of one block with its original weights; statistics are collected on the full-precision pass."""
+    block, call = prepared.blocks[index], prepared.traced.calls[index].to(device)
+    linears = block_linears(prepared.model, index, block)
+    where = f"{prepared.prefix}.{index}"
+    check_weights(where, linears)
+    with watch_inputs(linears) as stats:
+        full_out = advance(block, call, streams.full, device)
+    check_stats(where, stats)
+    local_out = advance(block, call, streams.quantized, device)
+    return BlockTask(
+        index=index,
+        block=block,
+        linears=linears,
+        columns_from=prepared.traced.columns_from[index],
+        quantized_in=streams.quantized,
+        full_out=full_out,
+        local_out=local_out,
+        call=call,
+        stats=stats,
+        salient_ratio=prepared.ratio,
+    )
+
+
+@contextmanager
+def _on_device(block: nn.Module, device: torch.device) -> Iterator[None]:
+    """Hold one block on a device in float32, and put it back as it was."""
+    parameter = next(block.parameters())
+    home, dtype = parameter.device, parameter.dtype
+    block.to(device=device, dtype=torch.float32)
+    try:
+        yield
+    finally:
+        block.to(device=home, dtype=dtype)
