@@ -1,0 +1,175 @@
+"""Work in progress on disk: `OUT.partial` beside OUT, one file per finished block, the streams, a lock.
+
+Every file appears by write, fsync, rename, so that whatever kills the process leaves either the old file or the new
+one. The finished folder replaces OUT in one rename.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ptq161.errors import InputError
+from ptq161.blocks import Streams
+
+
+class WorkFolder:
+    """`OUT.partial`: what a run has finished so far, and under which settings."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.path = out.with_name(out.name + ".partial")
+        self.result = self.path / "result"
+
+    @contextmanager
+    def open(self, job: Mapping[str, Any], *, restart: bool) -> Iterator[None]:
+        """Take the folder for this job: start it, or continue one with the same settings.
+
+        Raises InputError if another process holds it, or if it belongs to different settings (naming what differs).
+        """
+        existed = self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / "lock").open("w")
+        except OSError as error:
+            raise InputError(f"cannot write to {self.path}: {error.strerror}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"another process is quantizing into {self.out}; wait for it or stop it") from error
+            if restart:
+                self._clear()
+            self._claim(json.loads(json.dumps(job)), existed)
+            yield
+
+    def _claim(self, job: dict[str, Any], existed: bool) -> None:
+        path = self.path / "job.json"
+        if path.exists():
+            before = json.loads(path.read_text())
+            different = sorted(key for key in before.keys() | job.keys() if before.get(key) != job.get(key))
+            if different:
+                shown = "; ".join(f"{key}: {before.get(key)!r} -> {job.get(key)!r}" for key in different)
+                raise InputError(
+                    f"{self.path} holds an unfinished run with other settings ({shown}); repeat those settings to "
+                    "continue it, or give --restart to drop it"
+                )
+        elif existed and any(entry.name != "lock" for entry in self.path.iterdir()):
+            raise InputError(f"{self.path} exists and is not an unfinished run of ptq161; move it away")
+        else:
+            write_atomically(path, lambda target: target.write_text(json.dumps(job, indent=2)))
+
+    def _clear(self) -> None:
+        for entry in self.path.iterdir():
+            if entry.name != "lock":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def save_block(self, index: int, packed: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Keep one finished block: its packed tensors by full name, and its JSON record."""
+        write_atomically(self._block(index), lambda path: save_file(dict(packed), path))
+        write_atomically(self._record(index), lambda path: path.write_text(json.dumps(record)))
+
+    def save_streams(self, streams: Streams) -> None:
+        """Keep the streams into the next block; from now on a continued run starts there."""
+        tensors = {"full": streams.full.contiguous(), "quantized": streams.quantized.contiguous()}
+        metadata = {"next_block": str(streams.next_block)}
+        write_atomically(self._streams, lambda path: save_file(tensors, path, metadata))
+
+    def load_streams(self) -> Streams | None:
+        """The streams of an interrupted run, or None at its start."""
+        if not self._streams.exists():
+            return None
+        with safe_open(self._streams, framework="pt") as file:
+            next_block = int(file.metadata()["next_block"])
+        tensors = load_file(self._streams)
+        return Streams(next_block, tensors["full"], tensors["quantized"])
+
+    def load_blocks(self, first: int, last: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """Packed tensors (memory-mapped) and records of the finished blocks first..last-1."""
+        packed: dict[str, Tensor] = {}
+        for index in range(first, last):
+            packed.update(load_file(self._block(index)))
+        return packed, [json.loads(self._record(index).read_text()) for index in range(first, last)]
+
+    def publish(self) -> None:
+        """Put the finished `result` folder in OUT's place and drop the work; an old OUT goes last."""
+        sync_folder(self.result)
+        replaced = self.path / "replaced"
+        if self.out.exists():
+            self.out.rename(replaced)
+        self.result.rename(self.out)
+        sync(self.out.parent)
+        shutil.rmtree(self.path)
+
+    def _block(self, index: int) -> Path:
+        return self.path / f"block-{index:05}.safetensors"
+
+    def _record(self, index: int) -> Path:
+        return self.path / f"block-{index:05}.json"
+
+    @property
+    def _streams(self) -> Path:
+        return self.path / "streams.safetensors"
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` produce a temporary file beside `path`, then rename it into place; durable when this returns."""
+    temporary = path.with_name(path.name + ".new")
+    try:
+        write(temporary)
+        sync(temporary)
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """fsync one file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync every file below a folder, and the folder."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def check_out(out: Path, *, overwrite: bool) -> None:
+    """Refuse an OUT that cannot be written, now rather than in two hours. Raises InputError."""
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} exists; give another OUT, or --overwrite to replace it when the new one is complete")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is not a folder; the packed checkpoint needs a folder as OUT")
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"cannot write to {parent}: no permission; choose another OUT")
+
+
+def check_disk(out: Path, needed: int) -> None:
+    """Raises InputError if the disk that will hold OUT has less than `needed` bytes free."""
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(
+            f"the disk of {parent} has {free / 1e9:.2f} GB free, this run needs {needed / 1e9:.2f} GB; "
+            "free some space or choose another OUT"
+        )

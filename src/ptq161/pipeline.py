@@ -1,0 +1,250 @@
+"""The main job around the walk: settings, files, resuming, the packed checkpoint; and what it will take beforehand."""
+
+import hashlib
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import ptq161
+from ptq161.checkpoint import WorkFolder, check_disk, check_out
+from ptq161.config import CalibrationConfig, QuantConfig, preset_named, unknown
+from ptq161.data import calibration_tokens
+from ptq161.errors import InputError, Ptq161Error
+from ptq161.hf import save_packed
+from ptq161.inspection import inspect, predict
+from ptq161.machine import peak_rss_bytes, pick_device
+from ptq161.methods import METHODS
+from ptq161.sources import DenseModel, open_dense
+from ptq161.walk import OnProgress, Prepared, Progress, prepare, walk
+
+__all__ = ["Progress", "plan", "quantize", "settings"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def quantize(
+    model: str | Path | PreTrainedModel,
+    out: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    preset: str = "paper",
+    calib: str | Sequence[str] | None = None,
+    samples: int | None = None,
+    seqlen: int | None = None,
+    seed: int | None = None,
+    blocks: tuple[int, int] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    overwrite: bool = False,
+    restart: bool = False,
+    on_progress: OnProgress = lambda progress: None,
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Quantize a model into a packed checkpoint folder, continuing an interrupted run of the same settings.
+
+    model: hub name, folder, `.gguf` file, or a model in memory (then give its tokenizer, too). calib: SOURCE or several.
+    blocks: half-open range of decoder blocks to quantize, the others stay dense. dtype: what the tensors that are not
+    quantized are saved in; `auto` keeps 16-bit ones and saves float32 and GGUF sources in bfloat16. overrides: any
+    field of QuantConfig, e.g. bits=1.61 or epochs=4.
+
+    Returns the JSON of `ptq161 quantize --json`. Raises InputError before anything is written, Ptq161Error later, with
+    finished blocks kept beside OUT.
+    """
+    began = time.monotonic()
+    config, calibration = settings(preset, calib, samples, seqlen, seed, overrides)
+    out, torch_device = Path(out), pick_device(device)
+    check_out(out, overwrite=overwrite)
+    source = _source(model, tokenizer)
+    save_dtype = _save_dtype(dtype, source.dtype)
+    tokens = calibration_tokens(calibration, source.tokenizer, source.model)
+    identity = _fingerprint(source.model.state_dict())
+    prepared = prepare(source.model, tokens, config, blocks, torch_device)
+    predicted = predict(source.model, prepared.layout, save_dtype)
+    check_disk(out, predicted["file_bytes"] + _work_bytes(prepared, tokens.shape))
+    job = {
+        "model": identity,
+        "config": asdict(config),
+        "calibration": _fingerprint({"tokens": tokens}),
+        "blocks": [prepared.first, prepared.last],
+        "dtype": str(save_dtype).removeprefix("torch."),
+        "device": torch_device.type,
+        "threads": torch.get_num_threads(),
+        "ptq161": ptq161.__version__,
+    }
+    work = WorkFolder(out)
+    with work.open(job, restart=restart):
+        try:
+            for block in walk(prepared, tokens, config, torch_device, work.load_streams(), on_progress):
+                work.save_block(block.index, block.packed, block.record)
+                work.save_streams(block.streams)
+            packed, records = work.load_blocks(prepared.first, prepared.last)
+            run = _run_record(config, calibration, tokens, prepared, records, model)
+            save_packed(
+                work.result, source.model, prepared.layout, packed, dtype=save_dtype, run=run, tokenizer=source.tokenizer
+            )
+            work.publish()
+        except (OSError, SafetensorError) as error:
+            raise Ptq161Error(
+                f"cannot write below {work.path}: {error}; finished blocks are kept, the same command continues"
+            ) from error
+    sizes = inspect(out)
+    return {
+        **{key: sizes[key] for key in ("bits_per_weight", "paper_bits", "file_bytes", "quantized_weights")},
+        "dense_linears": prepared.dense_linears,
+        "salient_ratio": prepared.ratio,
+        "seconds": time.monotonic() - began,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "blocks": records,
+    }
+
+
+def plan(
+    model: str | Path | PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    preset: str = "paper",
+    calib: str | Sequence[str] | None = None,
+    samples: int | None = None,
+    seqlen: int | None = None,
+    seed: int | None = None,
+    blocks: tuple[int, int] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    **overrides: Any,
+) -> dict[str, Any]:
+    """What `quantize` with the same arguments will take and give; reads, but writes nothing.
+
+    Returns the JSON of `ptq161 quantize --dry-run --json`: what cannot be known beforehand is None.
+    """
+    config, calibration = settings(preset, calib, samples, seqlen, seed, overrides)
+    torch_device = pick_device(device)
+    source = _source(model, tokenizer)
+    save_dtype = _save_dtype(dtype, source.dtype)
+    tokens = torch.zeros(1, min(calibration.seqlen, 8), dtype=torch.int64)
+    prepared = prepare(source.model, tokens, config, blocks, torch_device)
+    predicted = predict(source.model, prepared.layout, save_dtype)
+    shape = torch.Size((calibration.samples, calibration.seqlen))
+    return {
+        **{key: predicted[key] for key in ("bits_per_weight", "paper_bits", "file_bytes", "quantized_weights")},
+        "dense_linears": prepared.dense_linears,
+        "salient_ratio": prepared.ratio,
+        "seconds": None,
+        "peak_rss_bytes": None,
+        "blocks": None,
+        "peak_memory_bytes": _memory_bytes(prepared, shape),
+        "disk_bytes": predicted["file_bytes"] + _work_bytes(prepared, shape),
+        "flops": _flops(prepared, shape, config),
+    }
+
+
+def settings(
+    preset: str,
+    calib: str | Sequence[str] | None,
+    samples: int | None,
+    seqlen: int | None,
+    seed: int | None,
+    overrides: Mapping[str, Any],
+) -> tuple[QuantConfig, CalibrationConfig]:
+    """A preset with what the caller gave on top. Giving bits drops a preset's salient ratio, and the other way round.
+
+    Raises InputError for unknown names and values out of range.
+    """
+    chosen = preset_named(preset)
+    values = dict(overrides)
+    if values.get("bits") is not None:
+        values.setdefault("salient_ratio", None)
+    elif values.get("salient_ratio") is not None:
+        values.setdefault("bits", None)
+    if seed is not None:
+        values["seed"] = seed
+    config = chosen.quant.replaced(values)
+    if config.method not in METHODS:
+        raise InputError(unknown("method", config.method, METHODS))
+    given = {"samples": samples, "seqlen": seqlen, "seed": seed}
+    calibration = replace(chosen.calibration, **{key: value for key, value in given.items() if value is not None})
+    if calib is not None:
+        calibration = replace(calibration, sources=(calib,) if isinstance(calib, str) else tuple(calib))
+    return config, calibration
+
+
+def _source(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> DenseModel:
+    if not isinstance(model, PreTrainedModel):
+        return open_dense(model)
+    if tokenizer is None:
+        raise InputError("a model in memory comes without its tokenizer: give tokenizer=...")
+    return DenseModel(model, tokenizer, model.dtype)
+
+
+def _save_dtype(name: str, source: torch.dtype) -> torch.dtype:
+    if name == "auto":
+        return source if source in (torch.bfloat16, torch.float16) else torch.bfloat16
+    if name not in DTYPES:
+        raise InputError(unknown("dtype", name, ["auto", *DTYPES]))
+    return DTYPES[name]
+
+
+def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes: the same model or text whatever file it came from."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _run_record(
+    config: QuantConfig,
+    calibration: CalibrationConfig,
+    tokens: Tensor,
+    prepared: Prepared,
+    records: Sequence[Mapping[str, Any]],
+    model: str | Path | PreTrainedModel,
+) -> dict[str, Any]:
+    """run.json: equal for equal runs, except what is under `timing`."""
+    return {
+        "model": model.config.name_or_path if isinstance(model, PreTrainedModel) else str(model),
+        "config": asdict(config),
+        "calibration": {**asdict(calibration), "tokens": tokens.numel()},
+        "blocks": [{key: record[key] for key in ("index", "loss_first", "loss_last")} for record in records],
+        "salient_ratio": prepared.ratio,
+        "bits_per_weight": prepared.layout.bits_per_weight,
+        "paper_bits": prepared.layout.paper_bits,
+        "threads": torch.get_num_threads(),
+        "versions": {"ptq161": ptq161.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "timing": {"block_seconds": [record["seconds"] for record in records]},
+    }
+
+
+def _stream_bytes(prepared: Prepared, shape: torch.Size) -> int:
+    return 4 * math.prod(shape) * prepared.model.config.get_text_config().hidden_size
+
+
+def _work_bytes(prepared: Prepared, shape: torch.Size) -> int:
+    """Disk for the work in progress: the packed blocks, and two streams, old and new at the moment of renaming."""
+    return sum(prepared.layout.parts().values()) + 4 * _stream_bytes(prepared, shape)
+
+
+def _memory_bytes(prepared: Prepared, shape: torch.Size) -> int:
+    """Estimated peak: the process, the model, six streams, and per weight of a block about seven float32 copies.
+
+    (Original, base, signs, reconstruction, its gradient, and temporaries of the product rule.)
+    """
+    process = 600_000_000
+    model = sum(p.numel() * p.element_size() for p in prepared.model.parameters())
+    largest = max(sum(p.numel() for p in block.parameters()) for block in prepared.blocks)
+    return process + model + 6 * _stream_bytes(prepared, shape) + 7 * 4 * largest
+
+
+def _flops(prepared: Prepared, shape: torch.Size, config: QuantConfig) -> int:
+    """Floating-point operations in the linears: two targets, two measurements, and three products per learning step."""
+    passes = 4 + 3 * config.epochs
+    return 2 * prepared.layout.quantized_weights * math.prod(shape) * passes
