@@ -1,0 +1,116 @@
+"""One quantization per departure from the published code, all else equal; perplexity on held-out text.
+
+    .venv/bin/python benchmarks/ablations.py MODEL --calib TEXT[0%:90%] --ppl TEXT[90%:100%] --out results.jsonl
+
+Rows already in the output file are not computed again. The model stays in memory: no checkpoint is written, the
+weights evaluated are exactly those that one would hold (factors rounded to float16), in float32 arithmetic.
+"""
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from ptq161.binarize import reconstruct
+from ptq161.config import CalibrationConfig, QuantConfig
+from ptq161.data import calibration_tokens, evaluation_tokens
+from ptq161.evaluate.perplexity import perplexity
+from ptq161.layout import ModelLayout
+from ptq161.packing import PackedWeight, unpack
+from ptq161.sources import open_dense
+from ptq161.walk import QuantizedBlock, prepare, walk
+
+PUBLISHED = {"statistic": "absmax", "salient_range": "row", "row_mean": True, "magnitude": "mse", "angular": True}
+VARIANTS: dict[str, dict[str, object]] = {
+    "published code": {},
+    "statistic: mean |x| for max |x|": {"statistic": "absmean"},
+    "4-bit range: salient columns only": {"salient_range": "salient"},
+    "no row mean (Eq. 9)": {"row_mean": False},
+    "L2 norm for MSE (Eq. 5)": {"magnitude": "l2"},
+    "no angular term (Table 7)": {"angular": False},
+    "float32 arithmetic for bfloat16": {"compute": "float32"},
+    "no learning": {"epochs": 0},
+    "no mask": {"salient_ratio": 0.0, "bits": None},
+    "plain signs (no mask, mean or learning)": {
+        "salient_ratio": 0.0,
+        "bits": None,
+        "row_mean": False,
+        "epochs": 0,
+    },
+}
+
+
+def install(model: torch.nn.Module, layout: ModelLayout, block: QuantizedBlock) -> None:
+    """Put one block's stored weights into the model."""
+    prefix = block.prefix + "."
+    for name, spec in layout.linears.items():
+        if name.startswith(prefix):
+            own = {tensor: block.packed[f"{name}.{tensor}"] for tensor in spec.specs()}
+            if spec.columns_from is not None:
+                own["column_types"] = block.packed[f"{spec.columns_from}.column_types"]
+            linear = model.get_submodule(name)
+            linear.weight.data = reconstruct(unpack(PackedWeight(spec.layout, own))).to(linear.weight.dtype)
+
+
+def main() -> None:
+    """Run every variant that has no row yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calib", required=True)
+    parser.add_argument("--ppl", required=True, action="append")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", help="names of the variants to run")
+    arguments = parser.parse_args()
+
+    source = open_dense(arguments.model, dtype=torch.float32)
+    calibration = CalibrationConfig((arguments.calib,), arguments.samples, arguments.seqlen, arguments.seed)
+    tokens = calibration_tokens(calibration, source.tokenizer)
+    texts = {name: evaluation_tokens(name, source.tokenizer) for name in arguments.ppl}
+    done = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
+    finished = {row["variant"] for row in done}
+
+    def record(variant: str, **row: object) -> None:
+        line = json.dumps({"variant": variant, **row})
+        with arguments.out.open("a") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
+
+    def evaluate(model: torch.nn.Module) -> dict[str, dict[str, object]]:
+        return {name: perplexity(model, text, arguments.seqlen) for name, text in texts.items()}
+
+    if "full precision" not in finished:
+        record("full precision", perplexity=evaluate(source.model))
+    for variant, changes in VARIANTS.items():
+        if variant in finished or (arguments.only and variant not in arguments.only):
+            continue
+        values = {"epochs": arguments.epochs, "seed": arguments.seed, **PUBLISHED, **changes}
+        config = QuantConfig().replaced(values)
+        model = copy.deepcopy(source.model)
+        device = torch.device("cpu")
+        began = time.monotonic()
+        prepared = prepare(model, tokens, config, None, device)
+        records = []
+        for block in walk(prepared, tokens, config, device):
+            install(model, prepared.layout, block)
+            records.append(block.record)
+        seconds = time.monotonic() - began
+        record(
+            variant,
+            changes=changes,
+            bits_per_weight=prepared.layout.bits_per_weight,
+            salient_ratio=prepared.ratio,
+            perplexity=evaluate(model),
+            blocks=records,
+            seconds=seconds,
+        )
+
+
+if __name__ == "__main__":
+    main()
