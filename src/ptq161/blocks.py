@@ -4,9 +4,10 @@ No family is named here. A block is an element of the `nn.ModuleList` whose clas
 how it is called is recorded from the model's own forward pass and replayed one sample at a time.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -220,7 +221,7 @@ def _trace_one(
         handles.append(block.register_forward_hook(after, with_kwargs=True))
         for name, module in block.named_modules():
             if isinstance(module, nn.Linear):
-                handles.append(module.register_forward_pre_hook(_recorder(inputs, name)))
+                handles.append(module.register_forward_pre_hook(partial(_record_input, inputs, name)))
     try:
         model(sample, use_cache=False)
     except _Seen:
@@ -234,11 +235,8 @@ def _trace_one(
     )
 
 
-def _recorder(inputs: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs[name] = args[0]
-
-    return record
+def _record_input(inputs: dict[str, Tensor], name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    inputs[name] = args[0]
 
 
 def _first_with_same_input(inputs: Mapping[str, Tensor]) -> dict[str, str]:
@@ -270,7 +268,7 @@ def config_shapes(config: PreTrainedConfig) -> dict[str, LinearShape]:
     positions look at values. Raises UnsupportedModel.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_config(config)
     prefix, blocks = decoder_blocks(model)
     for index, block in enumerate(blocks):
         block_linears(model, index, block)

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ptq161.errors import InputError
 from ptq161.blocks import Streams
+from ptq161.errors import InputError
 
 
 class WorkFolder:
@@ -46,15 +46,14 @@ class WorkFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise InputError(f"another process is quantizing into {self.out}; wait for it or stop it") from error
-            if restart:
+            if restart and self._job.exists():
                 self._clear()
             self._claim(json.loads(json.dumps(job)), existed)
             yield
 
     def _claim(self, job: dict[str, Any], existed: bool) -> None:
-        path = self.path / "job.json"
-        if path.exists():
-            before = json.loads(path.read_text())
+        if self._job.exists():
+            before, job = _flat(json.loads(self._job.read_text())), _flat(job)
             different = sorted(key for key in before.keys() | job.keys() if before.get(key) != job.get(key))
             if different:
                 shown = "; ".join(f"{key}: {before.get(key)!r} -> {job.get(key)!r}" for key in different)
@@ -62,10 +61,10 @@ class WorkFolder:
                     f"{self.path} holds an unfinished run with other settings ({shown}); repeat those settings to "
                     "continue it, or give --restart to drop it"
                 )
-        elif existed and any(entry.name != "lock" for entry in self.path.iterdir()):
+        elif existed and not {entry.name for entry in self.path.iterdir()} <= {"lock", "job.json.new"}:
             raise InputError(f"{self.path} exists and is not an unfinished run of ptq161; move it away")
         else:
-            write_atomically(path, lambda target: target.write_text(json.dumps(job, indent=2)))
+            write_atomically(self._job, lambda target: target.write_text(json.dumps(job, indent=2)))
 
     def _clear(self) -> None:
         for entry in self.path.iterdir():
@@ -116,8 +115,20 @@ class WorkFolder:
         return self.path / f"block-{index:05}.json"
 
     @property
+    def _job(self) -> Path:
+        return self.path / "job.json"
+
+    @property
     def _streams(self) -> Path:
         return self.path / "streams.safetensors"
+
+
+def _flat(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with those of a nested table under their own names: config.epochs and the like."""
+    flat: dict[str, Any] = {}
+    for key, value in job.items():
+        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -186,7 +186,7 @@ def _convert(key: str, value: Any, wanted: Any) -> Any:
             return wanted(value)
         if wanted is bool:
             return _to_bool(value)
-        if wanted is int and isinstance(value, float) and not value.is_integer():
+        if isinstance(value, bool) or (wanted is int and isinstance(value, float) and not value.is_integer()):
             raise ValueError
         return wanted(value)
     except (TypeError, ValueError) as error:

@@ -6,6 +6,7 @@ One decoder block at a time, the signs and 4-bit codes stay fixed while row scal
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -33,10 +34,7 @@ def block_distance(
     would reward pointing the opposite way.)
     """
     error = actual - wanted
-    if config.magnitude is Magnitude.MSE:
-        magnitude = error.square().mean()
-    else:
-        magnitude = error.norm(dim=-1).mean()
+    magnitude = error.square().mean() if config.magnitude is Magnitude.MSE else error.norm(dim=-1).mean()
     if not config.angular:
         return magnitude
     cosine = nn.functional.cosine_similarity(actual, wanted, dim=-1).mean()
@@ -49,7 +47,7 @@ def objective(
     local_out: Float[Tensor, "batch seq hidden"],
     config: QuantConfig,
 ) -> Float[Tensor, ""]:
-    """The two-branch objective (Eq. 7): distance to the full-precision stream plus distance to the same-input output."""
+    """The two-branch objective (Eq. 7): distance to the full-precision stream plus to the same-input output."""
     return block_distance(actual, full_out, config) + block_distance(actual, local_out, config)
 
 
@@ -86,6 +84,8 @@ def fit_block(
     learned = {name: tuple(_learnable(group) for group in weight.groups) for name, weight in weights.items()}
     base = {name: reconstruct(weight).detach() for name, weight in weights.items()}
     groups = [group for linear in learned.values() for group in linear if group.row is not None]
+    if not groups:  # every channel is salient: there is nothing to learn
+        return dict(weights)
     scales = [group.scale for group in groups]
     angular = [factor for group in groups for factor in (group.row, group.col) if factor is not None]
     optimizer = torch.optim.AdamW(
@@ -144,7 +144,7 @@ def _result(learned: tuple[ColumnGroup, ...], weight: QuantizedWeight) -> Iterat
     """The learned factors on the original integer codes, detached."""
     for group, original in zip(learned, weight.groups, strict=True):
         factors = {name: getattr(group, name) for name in ("scale", "row", "col")}
-        detached = {name: None if value is None else value.detach() for name, value in factors.items()}
+        detached: dict[str, Any] = {name: None if t is None else t.detach() for name, t in factors.items()}
         yield replace(original, **detached)
 
 
@@ -157,12 +157,14 @@ def _use_bfloat16(compute: Compute, device: torch.device) -> bool:
 def _check_finite(
     loss: float, task: BlockTask, learned: Mapping[str, tuple[ColumnGroup, ...]], epoch: int, step: int
 ) -> None:
-    """Raises NonFiniteError, naming the first linear whose factors or their gradients are not finite."""
+    """Raises NonFiniteError, naming the first linear whose factors are not finite.
+
+    Their gradients would tell nothing: with such a loss every one of them is NaN.
+    """
     if torch.tensor(loss).isfinite():
         return
     for name, groups in learned.items():
         tensors = [t for group in groups for t in (group.scale, group.row, group.col) if t is not None]
-        tensors += [t.grad for t in tensors if t.grad is not None]
         if not all(t.isfinite().all() for t in tensors):
             culprit = f"factors of {name}"
             break

@@ -94,6 +94,8 @@ class ModelLayout:
             linears = {name: _spec(entry, layouts) for name, entry in data["linears"].items()}
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"quantization_config is malformed: {error!r}") from error
+        if not linears:
+            raise CheckpointError("quantization_config is malformed: it lists no linear")
         for name, spec in linears.items():
             _check_owner(name, spec, linears)
         return cls(linears)

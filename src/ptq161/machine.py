@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from ptq161.errors import InputError
+
 
 def peak_rss_bytes() -> int:
     """Peak resident memory of this process so far, in bytes."""
@@ -25,16 +27,25 @@ def available_memory_bytes() -> int | None:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 matrix products run in hardware there (AVX-512 BF16 or AMX on a CPU, Ampere or later on a GPU)."""
+    """Whether bfloat16 matrix products run in hardware there (AVX-512 BF16 on a CPU, Ampere or later on a GPU)."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported())
     return False
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one, else the CPU; anything else is a torch device name."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """`auto` is the first GPU if there is one, else the CPU; anything else is a torch device name.
+
+    Raises InputError for a device that torch cannot use here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (AssertionError, RuntimeError) as error:
+        raise InputError(
+            f"device {name!r} cannot be used: {str(error).splitlines()[0]}; expected cpu, cuda or cuda:N where there "
+            "is a GPU, or --device auto"
+        ) from error

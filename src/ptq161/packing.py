@@ -122,7 +122,8 @@ def pack_codes(levels: Tensor, width: CodeWidth) -> UInt8[Tensor, "*batch bytes"
     per_byte = codes_per_byte(width.count)
     digits = torch.nn.functional.pad(digits, (0, -digits.shape[-1] % per_byte))
     powers = width.count ** torch.arange(per_byte, dtype=torch.int32, device=levels.device)
-    return (digits.unflatten(-1, (-1, per_byte)) * powers).sum(-1).to(torch.uint8)
+    digits = digits.reshape(*digits.shape[:-1], digits.shape[-1] // per_byte, per_byte)
+    return (digits * powers).sum(-1).to(torch.uint8)
 
 
 def unpack_codes(packed: UInt8[Tensor, "*batch bytes"], length: int, width: CodeWidth) -> Tensor:

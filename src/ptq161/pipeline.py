@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ptq161.checkpoint import WorkFolder, check_disk, check_out
 from ptq161.config import CalibrationConfig, QuantConfig, preset_named, unknown
 from ptq161.data import calibration_tokens
 from ptq161.errors import InputError, Ptq161Error
+from ptq161.folder import tensor_checksum
 from ptq161.hf import save_packed
 from ptq161.inspection import inspect, predict
 from ptq161.machine import peak_rss_bytes, pick_device
@@ -51,7 +52,7 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize a model into a packed checkpoint folder, continuing an interrupted run of the same settings.
 
-    model: hub name, folder, `.gguf` file, or a model in memory (then give its tokenizer, too). calib: SOURCE or several.
+    model: hub name, folder, `.gguf` file, or a model in memory (then give its tokenizer). calib: SOURCE or several.
     blocks: half-open range of decoder blocks to quantize, the others stay dense. dtype: what the tensors that are not
     quantized are saved in; `auto` keeps 16-bit ones and saves float32 and GGUF sources in bfloat16. overrides: any
     field of QuantConfig, e.g. bits=1.61 or epochs=4.
@@ -89,7 +90,13 @@ def quantize(
             packed, records = work.load_blocks(prepared.first, prepared.last)
             run = _run_record(config, calibration, tokens, prepared, records, model)
             save_packed(
-                work.result, source.model, prepared.layout, packed, dtype=save_dtype, run=run, tokenizer=source.tokenizer
+                work.result,
+                source.model,
+                prepared.layout,
+                packed,
+                dtype=save_dtype,
+                run=run,
+                tokenizer=source.tokenizer,
             )
             work.publish()
         except (OSError, SafetensorError) as error:
@@ -169,10 +176,8 @@ def settings(
     config = chosen.quant.replaced(values)
     if config.method not in METHODS:
         raise InputError(unknown("method", config.method, METHODS))
-    given = {"samples": samples, "seqlen": seqlen, "seed": seed}
-    calibration = replace(chosen.calibration, **{key: value for key, value in given.items() if value is not None})
-    if calib is not None:
-        calibration = replace(calibration, sources=(calib,) if isinstance(calib, str) else tuple(calib))
+    given = {"sources": calib, "samples": samples, "seqlen": seqlen, "seed": seed}
+    calibration = chosen.calibration.replaced({key: value for key, value in given.items() if value is not None})
     return config, calibration
 
 
@@ -193,12 +198,9 @@ def _save_dtype(name: str, source: torch.dtype) -> torch.dtype:
 
 
 def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes: the same model or text whatever file it came from."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    """SHA-256 over names and tensors: the same model or text whatever file it came from."""
+    sums = [f"{name} {tensor_checksum(tensor)}\n" for name, tensor in tensors.items()]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def _run_record(
@@ -219,13 +221,18 @@ def _run_record(
         "bits_per_weight": prepared.layout.bits_per_weight,
         "paper_bits": prepared.layout.paper_bits,
         "threads": torch.get_num_threads(),
-        "versions": {"ptq161": ptq161.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "ptq161": ptq161.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "timing": {"block_seconds": [record["seconds"] for record in records]},
     }
 
 
 def _stream_bytes(prepared: Prepared, shape: torch.Size) -> int:
-    return 4 * math.prod(shape) * prepared.model.config.get_text_config().hidden_size
+    hidden: int = prepared.model.config.get_text_config().hidden_size
+    return 4 * math.prod(shape) * hidden
 
 
 def _work_bytes(prepared: Prepared, shape: torch.Size) -> int:
