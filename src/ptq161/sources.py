@@ -1,0 +1,233 @@
+"""Open any MODEL: a hub name, a Hugging Face folder, a `.gguf` file, or a packed checkpoint of ours."""
+
+import re
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partialmethod
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from ptq161.config import unknown
+from ptq161.errors import InputError, UnsupportedModel
+from ptq161.hf import MODES, is_packed, load
+from ptq161.hub import hub_reachable
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+# What the loaders of transformers, gguf and safetensors were seen to raise on files that are damaged or unsupported.
+_LOADING_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """A model that can be quantized, its tokenizer, and the dtype its weights were stored in (GGUF: float32)."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Location:
+    """Where transformers finds a model: `given` by the user, the first argument and keywords of `from_pretrained`."""
+
+    given: str
+    name: str
+    gguf_file: str | None = None
+    local_only: bool = True
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """What `from_pretrained` needs besides the name. Code that a model brings along is never run."""
+        keywords = {"local_files_only": self.local_only, "trust_remote_code": False}
+        return keywords | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
+
+
+def open_model(
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, mode: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Any model with its tokenizer, ready to run on `device`.
+
+    dtype: None keeps what is stored (float32 for a GGUF). mode: how a packed checkpoint computes, see `hf.load`; a
+    dense model is always dense.
+
+    Raises InputError (UnsupportedModel, CheckpointError) if there is no such model or it cannot be loaded.
+    """
+    if mode not in MODES:
+        raise InputError(unknown("mode", mode, MODES))
+    if is_packed(path):
+        with _quiet(bars=False):
+            model = load(path, device=device, dtype=dtype, mode=mode)
+        return model, _tokenizer(_Location(str(path), str(path)), model.config)
+    if mode == "packed":
+        raise InputError(f"{path} is not a packed ptq161 checkpoint: mode 'packed' needs one, use 'auto'")
+    location = _locate(path)
+    config = _config(location)
+    tokenizer = _tokenizer(location, config)
+    return _model(location, config, dtype).to(device), tokenizer  # type: ignore[arg-type]
+
+
+def open_dense(path: str | Path, dtype: torch.dtype | None = None) -> DenseModel:
+    """A model to be quantized, on the CPU, in `dtype` or as stored.
+
+    Raises InputError if it cannot be loaded, or is quantized already (a GGUF counts as its float32 dequantization).
+    """
+    if is_packed(path):
+        raise InputError(f"{path} is a packed ptq161 checkpoint: give the model it was made from")
+    location = _locate(path)
+    config = _config(location)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method", "an unnamed method")
+        raise InputError(f"{path} is quantized already ({method}): give the full-precision model it was made from")
+    tokenizer = _tokenizer(location, config)
+    model = _model(location, config, dtype)
+    return DenseModel(model, tokenizer, torch.float32 if location.gguf_file else model.dtype)
+
+
+def open_config(path: str | Path) -> PreTrainedConfig:
+    """The configuration alone, from any MODEL or a bare `config.json`. Raises InputError if there is none."""
+    given = Path(path)
+    if given.suffix == ".json" and given.is_file():
+        return _config(_Location(str(path), str(path)))
+    return _config(_locate(path))
+
+
+def _locate(path: str | Path) -> _Location:
+    """Tell apart a folder, a GGUF file and a hub name."""
+    local, given = Path(path), str(path)
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            inside = sorted(local.glob("*.gguf"))
+            hint = f"; did you mean {inside[0]}?" if inside else ""
+            raise InputError(f"{given} is a folder without config.json: expected a Hugging Face model folder{hint}")
+        return _Location(given, given)
+    if local.exists():
+        try:
+            with local.open("rb") as file:
+                magic = file.read(4)
+        except OSError as error:
+            raise InputError(f"cannot read {given}: {error.strerror}") from error
+        if local.suffix.lower() != ".gguf" or magic != b"GGUF":
+            raise InputError(f"{given} is not a GGUF file: expected one, a Hugging Face folder or a hub name")
+        return _Location(given, str(local.parent), gguf_file=local.name)
+    if isinstance(path, Path) or not _HUB_NAME.fullmatch(given) or local.suffix in (".gguf", ".json"):
+        raise InputError(f"{given} does not exist: expected a Hugging Face folder, a .gguf file or a hub name")
+    return _Location(given, given, local_only=not hub_reachable())
+
+
+def _config(location: _Location) -> PreTrainedConfig:
+    with _loading("configuration", location):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(location.name, **location.keywords)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModel(
+            f"{location.given} is a {config.model_type} model: expected a decoder that predicts the next token"
+        )
+    return config
+
+
+def _model(location: _Location, config: PreTrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
+    stored = torch.float32 if location.gguf_file else "auto"
+    with _loading("weights", location):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            location.name,
+            config=config,
+            dtype=stored if dtype is None else dtype,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            output_loading_info=True,
+            **location.keywords,
+        )
+    model: PreTrainedModel = loaded[0]
+    report = loaded[1]
+    for problem, names in (("lacks", report["missing_keys"]), ("has the wrong shape for", report["mismatched_keys"])):
+        if names:
+            first = min(name if isinstance(name, str) else name[0] for name in names)
+            raise InputError(f"{location.given} {problem} {first} ({len(names)} tensors in all): the file is damaged")
+    if location.gguf_file:
+        _forget_gguf(model)
+    return model
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """Its weights are plain float32 now, but transformers would refuse to save a model marked as a GGUF's."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
+        model.__dict__.pop(mark, None)
+
+
+def _tokenizer(location: _Location, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    with _loading("tokenizer", location):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            location.name, config=config, **location.keywords
+        )
+    if location.gguf_file:
+        tokenizer.clean_up_tokenization_spaces = False  # decoding would note that it ignores True here
+        # transformers 5.17 gives a GGUF's tokenizer its BOS as EOS; the configuration has them right.
+        for role in ("bos_token", "eos_token", "pad_token"):
+            index = getattr(config, f"{role}_id", None)
+            if index is not None:
+                setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(index))
+    return tokenizer
+
+
+@contextmanager
+def _loading(part: str, location: _Location) -> Iterator[None]:
+    """Turns whatever transformers raises inside into one line that names the model and the part."""
+    try:
+        with _quiet(bars=not location.local_only):
+            yield
+    except _LOADING_ERRORS as error:
+        reason = shorten(str(error), 200, placeholder=" ...") or type(error).__name__
+        if location.name == location.given and not Path(location.given).exists():
+            raise InputError(
+                f"{location.given} is neither a local folder or file nor a model from the Hugging Face hub: {reason}"
+            ) from error
+        raise InputError(f"cannot load the {part} of {location.given}: {reason}") from error
+
+
+@contextmanager
+def _quiet(bars: bool) -> Iterator[None]:
+    """Keeps transformers' notes off stderr, and every tqdm bar unless something is downloaded.
+
+    The GGUF reader's bar has no switch of its own, hence the change to tqdm itself, undone at the end.
+    """
+    verbosity, begin = logging.get_verbosity(), tqdm.__init__
+    logging.set_verbosity_error()
+    if not bars:
+        tqdm.__init__ = partialmethod(begin, disable=True)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        tqdm.__init__ = begin

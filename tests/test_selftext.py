@@ -1,0 +1,54 @@
+import pytest
+import torch
+from families import FAMILIES, VOCABULARY, build
+
+from ptq161.errors import NonFiniteError
+from ptq161.selftext import sample_from_model
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(FAMILIES["llama"]())
+
+
+@pytest.mark.parametrize("bos", [0, None])
+def test_samples_depend_on_the_seed_alone(model, bos):
+    samples = sample_from_model(model, bos, 20, 9, generator())
+    assert samples.shape == (20, 9) and samples.dtype == torch.int64
+    assert samples.min() >= 0 and samples.max() < VOCABULARY
+    assert len(samples.unique(dim=0)) == 20
+    torch.manual_seed(7)
+    assert torch.equal(samples, sample_from_model(model, bos, 20, 9, generator()))
+    assert not torch.equal(samples, sample_from_model(model, bos, 20, 9, generator(1)))
+
+
+def test_first_tokens_follow_the_models_own_distribution(model):
+    drawn = sample_from_model(model, 0, 800, 1, generator()).flatten()
+    with torch.no_grad():
+        expected = model(torch.tensor([[0]])).logits[0, -1].softmax(dim=-1)
+    measured = torch.bincount(drawn, minlength=VOCABULARY) / len(drawn)
+    assert (measured - expected).abs().sum() / 2 < 0.15  # total variation; 0.5 or more for any other distribution
+    uniform = torch.full_like(expected, 1 / VOCABULARY)
+    assert (uniform - expected).abs().sum() / 2 > 0.3
+
+
+def test_each_token_is_drawn_after_all_earlier_ones(model):
+    """Drawing with the cache gives what drawing from whole prefixes gives."""
+    samples = sample_from_model(model, 0, 3, 6, generator())
+    prefix, same_draws = torch.zeros(3, 1, dtype=torch.int64), generator()
+    with torch.no_grad():
+        for _ in range(6):
+            probabilities = model(prefix).logits[:, -1].softmax(dim=-1)
+            prefix = torch.cat([prefix, torch.multinomial(probabilities, 1, generator=same_draws)], dim=1)
+    assert torch.equal(samples, prefix[:, 1:])
+
+
+def test_a_model_with_nan_logits_cannot_write(model):
+    broken = build(FAMILIES["llama"]())
+    broken.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(NonFiniteError, match="NaN or infinite logits"):
+        sample_from_model(broken, 0, 2, 4, generator())
