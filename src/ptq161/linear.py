@@ -1,0 +1,88 @@
+"""PackedLinear: the drop-in for `nn.Linear` that keeps its weight packed and computes through one op."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ptq161.binarize import reconstruct
+from ptq161.kernels import linear
+from ptq161.layout import PackedLinearSpec
+from ptq161.packing import COLUMN_TYPES, PackedWeight, unpack
+
+
+class PackedLinear(nn.Module):
+    """y = x @ W.T + bias with W as packed column groups: (..., cols) -> (..., rows).
+
+    Buffers carry the names of the checkpoint (`weight`, `scale_0`, `column_types`, ...; docs/format.md). They keep
+    their dtypes whatever the module is cast to: only the bias follows `module.to(dtype)`. A linear that shares the
+    column types of another (`spec.columns_from`) stores none; `share_columns` points it to their owner.
+
+    Built empty, to be filled by `load_state_dict`, or from a packed weight by `of`.
+    """
+
+    def __init__(
+        self,
+        spec: PackedLinearSpec,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.out_features, self.in_features = spec.layout.rows, spec.layout.cols
+        for name, tensor in spec.specs().items():
+            self.register_buffer(name, torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
+        # In a tuple, so that the owner does not become a submodule of this linear.
+        self._columns_owner: tuple[PackedLinear, ...] = ()
+
+    @classmethod
+    def of(cls, packed: PackedWeight, bias: Tensor | None = None) -> "PackedLinear":
+        """A linear that holds these tensors (not copies of them)."""
+        module = cls(PackedLinearSpec(packed.layout), bias=bias is not None, device="meta")
+        state = packed.tensors if bias is None else packed.tensors | {"bias": bias}
+        module.load_state_dict(state, assign=True)
+        return module
+
+    def share_columns(self, owner: "PackedLinear") -> None:
+        """Read the column types from `owner`, which sees the same input and stores them."""
+        self._columns_owner = (owner,)
+
+    def packed(self) -> PackedWeight:
+        """The packed weight: this module's own buffers, and the owner's column types where they are shared."""
+        tensors = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        for owner in self._columns_owner:
+            tensors[COLUMN_TYPES] = owner.get_buffer(COLUMN_TYPES)
+        return PackedWeight(self.spec.layout, tensors)
+
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """An `nn.Linear` with the reconstructed weight, unpacked once, in `dtype`."""
+        weight = reconstruct(unpack(self.packed())).to(dtype)
+        module = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        module.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            module.bias = nn.Parameter(self.bias.detach().to(dtype))
+        return module.train(self.training)
+
+    def forward(self, x: Float[Tensor, "*batch cols"]) -> Float[Tensor, "*batch rows"]:
+        """Multiply by the packed weight; the result is in x's dtype."""
+        return linear(x, self.packed(), self.bias)
+
+    def extra_repr(self) -> str:
+        """Sizes and code widths for `print(model)`."""
+        groups = ", ".join(f"{group.cols} x {group.width}" for group in self.spec.layout.groups)
+        return f"in_features={self.in_features}, out_features={self.out_features}, columns=({groups})"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        # Behind .to(), .half(), .cuda() and the like: take the packed tensors along to a device, never to a dtype.
+        packed = {id(buffer) for buffer in self._buffers.values()}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            return tensor.to(applied.device) if id(tensor) in packed and applied.dtype != tensor.dtype else applied
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self

@@ -1,0 +1,69 @@
+"""Packed tiny models without the pipeline: linears quantized with their initial factors, saved and read back."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from families import FAMILIES, build
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptq161.binarize import QuantizedWeight, quantize_weight, reconstruct, salient_columns
+from ptq161.config import SalientRange
+from ptq161.hf import save_packed
+from ptq161.layout import ModelLayout, PackedLinearSpec
+from ptq161.packing import PackedWeight, pack, unpack
+
+OWNERS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # linears that see the same input
+
+
+def random_weight(rows: int, cols: int, salient: int, row_mean: bool = True, seed: int = 0) -> QuantizedWeight:
+    """A random weight with `salient` 4-bit columns in random places."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, cols, generator=generator)
+    mask = salient_columns(torch.rand(cols, generator=generator), salient)
+    return quantize_weight(weight, mask, salient_range=SalientRange.ROW, row_mean=row_mean)
+
+
+def quantize_linears(
+    model: PreTrainedModel, keep: Callable[[str], bool] = lambda name: True
+) -> tuple[ModelLayout, dict[str, Tensor]]:
+    """Pack the linears of a Llama's blocks that `keep` says, a fifth of their columns at 4 bits; the model is left."""
+    specs: dict[str, PackedLinearSpec] = {}
+    packed: dict[str, Tensor] = {}
+    for name, linear in model.named_modules():
+        if not isinstance(linear, nn.Linear) or ".layers." not in name or not keep(name):
+            continue
+        importance = torch.rand(linear.in_features, generator=torch.Generator().manual_seed(linear.in_features))
+        mask = salient_columns(importance, linear.in_features // 5)
+        weight = pack(quantize_weight(linear.weight.detach(), mask, salient_range=SalientRange.ROW, row_mean=True))
+        parent, _, leaf = name.rpartition(".")
+        owner = f"{parent}.{OWNERS[leaf]}" if leaf in OWNERS else None
+        specs[name] = PackedLinearSpec(weight.layout, owner)
+        packed |= {f"{name}.{tensor}": weight.tensors[tensor] for tensor in specs[name].specs()}
+    return ModelLayout(specs), packed
+
+
+def packed_weight(layout: ModelLayout, packed: Mapping[str, Tensor], name: str) -> PackedWeight:
+    """One linear of a packed model, column types fetched from their owner."""
+    spec = layout.linears[name]
+    owner = spec.columns_from or name
+    tensors = {t: packed[f"{owner if t == 'column_types' else name}.{t}"] for t in spec.layout.specs()}
+    return PackedWeight(spec.layout, tensors)
+
+
+@torch.no_grad()
+def install(model: PreTrainedModel, layout: ModelLayout, packed: Mapping[str, Tensor]) -> PreTrainedModel:
+    """Put the dense reconstruction into the model: what a loaded packed model must compute."""
+    for name in layout.linears:
+        model.get_submodule(name).weight.copy_(reconstruct(unpack(packed_weight(layout, packed, name))))
+    return model
+
+
+def write_packed(folder: Path, family: str = "llama", *, dtype: torch.dtype | None = None, tokenizer=None, **options):
+    """Save a packed tiny model and return the dense reconstruction it must equal, in float32."""
+    model = build(FAMILIES[family]())
+    layout, packed = quantize_linears(model)
+    run = {"model": "tiny", "config": {"bits": 1.61}, "timing": {"seconds": 1.0}}
+    save_packed(folder, model, layout, packed, dtype=dtype, run=run, tokenizer=tokenizer, **options)
+    return install(model, layout, packed)

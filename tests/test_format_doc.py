@@ -1,0 +1,143 @@
+"""docs/format.md, recomputed: its example, tables, sizes, fields and checksum."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from packed import write_packed
+
+from ptq161.binarize import CODE_WIDTHS, CodeWidth, ColumnGroup, QuantizedWeight, reconstruct
+from ptq161.budget import paper_layout
+from ptq161.folder import tensor_checksum
+from ptq161.layout import ModelLayout, PackedLinearSpec
+from ptq161.packing import FORMAT_VERSION, codes_per_byte, pack, pack_codes, unpack
+
+PAGE = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
+
+
+def block(name):
+    """The JSON block of that name."""
+    (content,) = re.findall(rf"```json {name}\n(.*?)```", PAGE, re.DOTALL)
+    return json.loads(content)
+
+
+def table(heading):
+    """Rows of the table whose header line starts with `heading`, cells without backticks."""
+    _, _, rest = PAGE.partition(f"| {heading} |")
+    lines = rest.split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.fixture
+def example():
+    """The quantized weight of the worked example."""
+    page = block("levels")
+
+    def row(values):
+        return None if values is None else torch.tensor(values)[:, None].float()
+
+    groups = [
+        ColumnGroup(
+            columns=torch.tensor(page["columns"][g]),
+            width=list(CODE_WIDTHS.values())[g],
+            codes=torch.tensor(page["levels"][g], dtype=torch.int8),
+            scale=row(page["scale"][g]),
+            mean=row(page["mean"][g]),
+            zero=row(page["zero"][g]),
+            col=None if page["col"][g] is None else torch.tensor(page["col"][g])[None],
+        )
+        for g in (0, 1)
+    ]
+    return QuantizedWeight(tuple(groups))
+
+
+def test_version():
+    assert PAGE.startswith(f"# The packed checkpoint, format version {FORMAT_VERSION}\n")
+    assert f"| `format_version` | {FORMAT_VERSION};" in PAGE
+
+
+def test_example_packs_to_the_tensors_on_the_page(example):
+    packed, page = pack(example), block("tensors")
+    assert list(packed.tensors) == list(page)
+    assert {name: tensor.tolist() for name, tensor in packed.tensors.items()} == page
+    assert len(page) == 8
+
+
+def test_example_reads_back_as_the_weight_on_the_page(example):
+    assert reconstruct(unpack(pack(example))).tolist() == block("weight") == reconstruct(example).tolist()
+
+
+def test_arithmetic_in_the_text():
+    equations = re.findall(r"[\d.( ]*\(?-?[\d.]+(?: ?[-+x*)( ] ?\(?-?[\d.]+\)?)* = -?[\d.]*\d", PAGE)
+    checked = 0
+    for equation in equations:
+        left, _, right = equation.strip().partition(" = ")
+        if re.search(r"[-+x]", left):
+            assert eval(left.replace("x", "*")) == float(right), equation
+            checked += 1
+    assert checked >= 7
+
+
+def test_tensor_table_names_every_kind_of_tensor_with_its_dtype(example):
+    rows = table("tensor | dtype")
+    kinds = {re.sub(r"^<linear>\.(\w+?)_?(<g>)?$", r"\1", row[0].split("`")[0]): row[1] for row in rows}
+    specs = pack(example).layout.specs()
+    named = {re.sub(r"_\d+$", "", name): str(spec.dtype).removeprefix("torch.") for name, spec in specs.items()}
+    assert kinds == named | {"bias": "any"}
+
+
+def test_width_table_is_the_code_table():
+    rows = [[name, *map(int, numbers)] for name, *numbers in table("width | levels")]
+    assert rows == [[w.name, w.count, w.lowest, w.step, codes_per_byte(w.count)] for w in CODE_WIDTHS.values()]
+
+
+def test_hypothetical_widths_pack_as_the_page_says():
+    found = re.findall(
+        r"`(CodeWidth\([^`]*\))`, (\w+)\s+codes a byte: levels ([-\d, ]+) become the bytes ([\d, ]+\d)", PAGE
+    )
+    assert len(found) == 2
+    for code, per_byte, levels, expected in found:
+        width = eval(code, {"CodeWidth": CodeWidth})
+        assert {"four": 4, "five": 5}[per_byte] == codes_per_byte(width.count)
+        packed = pack_codes(torch.tensor([int(level) for level in levels.split(",")]), width)
+        assert packed.tolist() == [int(byte) for byte in expected.split(",")]
+
+
+def test_sizes_of_the_big_linear():
+    rows, cols, salient = map(int, re.search(r"A (\d+) x (\d+) linear with (\d+) salient", PAGE).groups())
+    layout = ModelLayout({"linear": PackedLinearSpec(paper_layout(rows, cols, salient, row_mean=True))})
+    assert {part: int(size) for part, size in table("part | bytes")} == layout.parts()
+    assert f"That is {layout.bits_per_weight:.4f} bits per weight" in PAGE
+    assert f"{layout.paper_bits:.4f} for the same linear" in PAGE
+
+
+@pytest.mark.parametrize("rows", [2, 7, 4096])
+@pytest.mark.parametrize(("binarized", "salient"), [(3, 2), (8, 1), (3285, 811)])
+def test_size_formula(rows, binarized, salient):
+    formula = PAGE.partition("two groups with `b` binarized and `s` salient channels takes\n\n")[2].partition("\n\n")[0]
+    terms = " ".join(re.sub(r"\s{4,}[a-z].*$", "", line.strip()) for line in formula.splitlines())
+    size = eval(terms, {"ceil": lambda x: -int(-x // 1), "rows": rows, "b": binarized, "s": salient})
+    specs = paper_layout(rows, binarized + salient, salient, row_mean=True).specs()
+    assert size == sum(spec.nbytes for spec in specs.values())
+
+
+def test_config_fields(tmp_path):
+    write_packed(tmp_path)
+    quantization = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert [row[0] for row in table("field | meaning")] == sorted(
+        quantization, key=[r[0] for r in table("field | meaning")].index
+    )
+    listed = next(row[1] for row in table("field | meaning") if row[0] == "layouts")
+    assert set(re.findall(r"`(\w+)`", listed + "`")) >= quantization["layouts"][0]["groups"][0].keys() | {"rows"}
+    files = {path.name for path in tmp_path.iterdir()}
+    for name in files:
+        assert f"`{name}`" in PAGE
+
+
+def test_checksum_of_the_example():
+    line, checksum = re.search(r"the line is `([^`]+)` and the sum is `([0-9a-f]{64})`", PAGE).groups()
+    weight = torch.tensor(block("tensors")["weight"], dtype=torch.uint8)
+    assert tensor_checksum(weight) == checksum
+    assert line == f"uint8{list(weight.shape)}"
