@@ -1,0 +1,163 @@
+"""The arguments of every command: what exists, what is in range, what overrides what. Light: imports only settings."""
+
+import argparse
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ptq161
+from ptq161.config import PRESETS, CalibrationConfig, QuantConfig, preset_named, read_toml, unknown
+from ptq161.errors import InputError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+EXCLUSIVE = {"bits": "salient_ratio", "salient_ratio": "bits"}
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse parser that raises InputError, suggesting the nearest choice, instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            name = action.option_strings[-1] if action.option_strings else "command"
+            raise InputError(unknown(name, str(value), map(str, action.choices)))
+
+    def options(self) -> list[str]:
+        """Every option that this parser knows."""
+        return [option for action in self._actions for option in action.option_strings]
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read a command line; `command` is its name, `arguments` the line itself. Raises InputError.
+
+    `--help` and `--version` print and raise SystemExit, as argparse does.
+    """
+    parser = _parser()
+    args, left = parser.parse_known_args(arguments)
+    if left:
+        name, options = left[0].partition("=")[0], args.parser.options()
+        nearest = [] if name in options else difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+        hint = f"; did you mean {nearest[0]}?" if nearest else "; options go after the command" * (name in options)
+        args.parser.error(f"unknown argument {left[0]!r}{hint}")
+    args.arguments = arguments
+    return args
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="ptq161", description=(ptq161.__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"ptq161 {ptq161.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def command(name: str, text: str) -> _Parser:
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added.set_defaults(command=name, parser=added)
+        added.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+        added.add_argument("--quiet", action="store_true", help="no progress and no hints")
+        added.add_argument("--debug", action="store_true", help="tracebacks, and the libraries' own messages")
+        return added
+
+    _quantize_arguments(command("quantize", "quantize a model into a packed checkpoint folder"))
+    _eval_arguments(command("eval", "perplexity of any model, dense or packed"))
+    inspect = command("inspect", "bits per weight and bytes by part; predicted for a model not yet packed")
+    inspect.add_argument("path", metavar="PATH", help="packed folder, or config.json, HF folder, .gguf, hub name")
+    _budget_arguments(inspect)
+    verify = command("verify", "check every file and tensor of a packed checkpoint")
+    verify.add_argument("path", metavar="DIR", help="packed folder")
+    generate = command("generate", "continue a prompt, and say how fast")
+    generate.add_argument("path", metavar="PATH", help="packed folder, HF folder, .gguf or hub name")
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token"
+    )
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    generate.add_argument("--seed", type=int, default=0, metavar="S")
+    generate.add_argument("--mode", choices=("auto", "packed", "dense"), default="auto", help="how weights are kept")
+    _device_arguments(generate)
+    return parser
+
+
+def _quantize_arguments(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="hub name, HF folder or .gguf file")
+    add("out", metavar="OUT", help="folder to be made; interrupted, the same command continues")
+    add("--preset", default="paper", choices=PRESETS, help="; ".join(f"{k}: {v.purpose}" for k, v in PRESETS.items()))
+    _budget_arguments(parser)
+    add("--calib", action="append", metavar="SOURCE", help="wikitext2, c4, redpajama, a file, or self; may be repeated")
+    add("--samples", type=int, metavar="N", help="calibration samples")
+    add("--seqlen", type=int, metavar="L", help="tokens of each sample")
+    add("--epochs", type=int, metavar="E", help="learning passes over the samples")
+    add("--seed", type=int, metavar="S", help="of sampling and learning")
+    add("--method", metavar="NAME", help="how a block is quantized")
+    add("--set", action="append", type=_key_value, default=[], metavar="K=V", help="any other setting; may be repeated")
+    add("--config", type=Path, metavar="F.toml", help="settings, one `key = value` a line")
+    add("--blocks", type=_block_range, metavar="A:B", help="quantize only these decoder blocks (half-open, from 0)")
+    add("--overwrite", action="store_true", help="replace OUT once the new one is complete")
+    add("--restart", action="store_true", help="drop an unfinished run instead of continuing it")
+    add("--dry-run", action="store_true", help="say what will be needed; write nothing")
+    _device_arguments(parser)
+
+
+def _eval_arguments(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("path", metavar="PATH", help="packed folder, HF folder, .gguf or hub name")
+    add("--ppl", action="append", required=True, metavar="SOURCE", help="wikitext2, c4 or a file; may be repeated")
+    add("--seqlen", type=int, default=2048, metavar="L", help="tokens of a window (default 2048)")
+    add("--max-windows", type=int, metavar="N", help="only the first N windows of each text")
+    add("--bos", action="store_true", help="put the BOS token before each window")
+    add("--out", type=Path, metavar="results.jsonl", help="append the result as a row")
+    _device_arguments(parser)
+
+
+def _budget_arguments(parser: _Parser) -> None:
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--bits", type=float, metavar="B", help="honest bits per weight to stay within, e.g. 1.61")
+    budget.add_argument("--salient-ratio", type=float, metavar="R", help="share of the channels at 4 bits, e.g. 0.2")
+
+
+def _device_arguments(parser: _Parser) -> None:
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto (default): the GPU if there is one")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of tensors that are not quantized")
+
+
+def _key_value(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE, e.g. epochs=4")
+    return key.strip(), value.strip()
+
+
+def _block_range(text: str) -> tuple[int, int]:
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected A:B with A < B, e.g. 0:2 for the first two blocks")
+    return int(first), int(last)
+
+
+def quantize_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Keywords for the pipeline: --config under --set under the options of their own. Raises InputError.
+
+    Naming bits on one layer drops a salient ratio of the layers below, and the other way round.
+    """
+    quant_keys, calibration_keys = (set(kind.__dataclass_fields__) for kind in (QuantConfig, CalibrationConfig))
+    options = {key: getattr(args, key, None) for key in sorted(quant_keys | calibration_keys)}
+    options["sources"] = args.calib
+    layers: list[Mapping[str, Any]] = [{} if args.config is None else read_toml(args.config), dict(args.set)]
+    values: dict[str, Any] = {}
+    for layer in [*layers, {key: value for key, value in options.items() if value is not None}]:
+        for key in layer:
+            if key not in quant_keys | calibration_keys:
+                raise InputError(unknown("setting", key, sorted(quant_keys | calibration_keys)))
+        values |= {EXCLUSIVE[key]: None for key in layer.keys() & EXCLUSIVE.keys()} | dict(layer)
+    preset = preset_named(args.preset)
+    preset.quant.replaced({key: value for key, value in values.items() if key in quant_keys})
+    calibration = preset.calibration.replaced({key: value for key, value in values.items() if key in calibration_keys})
+    given = {key: getattr(calibration, key) for key in values.keys() & calibration_keys}
+    if "sources" in given:
+        given["calib"] = given.pop("sources")
+    return (
+        {key: value for key, value in values.items() if key not in calibration_keys} | given | {"preset": args.preset}
+    )

@@ -1,0 +1,232 @@
+"""The command line: parses arguments, calls the library, prints what it returned.
+
+Results go to stdout (one JSON object with --json), everything else to stderr. Heavy imports live inside the command
+bodies, so that `--help` and a mistyped argument answer at once. Exit codes: 0 done, 1 failed while running, 2 bad
+arguments or input, 130 interrupted.
+"""
+
+import json
+import shlex
+import sys
+import time
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ptq161
+from ptq161.arguments import parse, quantize_settings
+from ptq161.config import QuantConfig
+from ptq161.errors import InputError, Ptq161Error
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; on failure the last line on stderr says why."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = parse(arguments)
+        status = COMMANDS[args.command](args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        kept = "; finished blocks are kept, the same command continues" if "quantize" in arguments[:1] else ""
+        return _fail(f"interrupted{kept}", 130)
+    except Ptq161Error as error:
+        _debug(arguments)
+        return _fail(str(error), error.exit_code)
+    except Exception as error:
+        _debug(arguments)
+        hint = "" if "--debug" in arguments else " (--debug shows where)"
+        return _fail(f"{type(error).__name__}: {error}{hint}", 1)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"ptq161: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _debug(arguments: Sequence[str]) -> None:
+    if "--debug" in arguments:
+        traceback.print_exc()
+
+
+def _quantize(args: Namespace) -> int:
+    keywords = quantize_settings(args) | {"blocks": args.blocks, "device": args.device, "dtype": args.dtype}
+    from ptq161 import pipeline, terminal
+
+    with terminal.quiet_libraries(debug=args.debug):
+        if args.dry_run:
+            plan = pipeline.plan(args.model, **keywords)
+            return _print(args, plan, lambda out: terminal.show_plan(out, plan))
+        meter = terminal.QuantizeMeter(quiet=args.quiet)
+        with meter:
+            meter.line(f"reading {args.model} and the calibration text")
+            result = pipeline.quantize(
+                args.model, args.out, overwrite=args.overwrite, restart=args.restart, on_progress=meter, **keywords
+            )
+    out = shlex.quote(args.out)
+    hints = [f"ptq161 eval {out} --ppl FILE", f"ptq161 generate {out} --prompt TEXT"]
+    source = _weight_bytes(args.model)
+    return _print(args, result, lambda c: terminal.show_quantized(c, result, source, [] if args.quiet else hints))
+
+
+def _eval(args: Namespace) -> int:
+    if args.out is not None and not args.out.absolute().parent.is_dir():
+        raise InputError(f"--out {args.out}: its folder does not exist; make it, or choose another file")
+    began = time.monotonic()
+    from ptq161 import data, machine, sources, terminal
+    from ptq161.evaluate.perplexity import perplexity
+    from ptq161.hf import is_packed
+    from ptq161.inspection import inspect
+
+    with terminal.quiet_libraries(debug=args.debug):
+        for source in args.ppl:
+            data.parse_source(source)
+        model, tokenizer = sources.open_model(args.path, device=machine.pick_device(args.device), dtype=_dtype(args))
+        if args.bos and tokenizer.bos_token_id is None:
+            raise InputError(f"--bos: the tokenizer of {args.path} has no BOS token; leave --bos out")
+        bos = tokenizer.bos_token_id if args.bos else None
+        texts = {source: data.evaluation_tokens(source, tokenizer) for source in args.ppl}
+        measured = {}
+        for source, tokens in texts.items():
+            meter = terminal.EvaluationMeter(source, quiet=args.quiet)
+            with meter:
+                measured[source] = perplexity(
+                    model, tokens, args.seqlen, bos=bos, max_windows=args.max_windows, on_window=meter
+                )
+        sizes = inspect(args.path) if is_packed(args.path) else None
+    result = {
+        "model": args.path,
+        "bits_per_weight": None if sizes is None else sizes["bits_per_weight"],
+        "perplexity": measured,
+        "tasks": None,
+        "seconds": time.monotonic() - began,
+        "peak_rss_bytes": machine.peak_rss_bytes(),
+    }
+    if args.out is not None:
+        _append_row(args, result, sizes)
+    return _print(args, result, lambda out: terminal.show_evaluated(out, result))
+
+
+def _inspect(args: Namespace) -> int:
+    budget = {"bits": args.bits, "salient_ratio": args.salient_ratio}
+    if budget != dict.fromkeys(budget):
+        QuantConfig().replaced(budget)  # refuses what is out of range before anything heavy is loaded
+    from ptq161 import inspection, terminal
+
+    with terminal.quiet_libraries(debug=args.debug):
+        result = inspection.inspect(args.path, **budget)
+    return _print(args, result, lambda out: terminal.show_inspected(out, args.path, result))
+
+
+def _verify(args: Namespace) -> int:
+    from ptq161 import terminal
+    from ptq161.verify import verify
+
+    result = verify(args.path)
+    if result["ok"]:
+        return _print(args, result, lambda out: out.print(f"{args.path}: every file and tensor is as it was saved"))
+    if args.json:  # a list of problems is what was asked for, unlike the outcome of a command that failed
+        _print(args, result, lambda out: None)
+    terminal.show_problems(terminal.console(stderr=True), result["problems"])
+    return _fail(f"{args.path} is not a sound packed checkpoint; problems listed above: {len(result['problems'])}", 2)
+
+
+def _generate(args: Namespace) -> int:
+    from ptq161 import generation, machine, sources, terminal
+
+    def on_text(text: str) -> None:
+        print(text, end="", flush=True)
+
+    with terminal.quiet_libraries(debug=args.debug):
+        model, tokenizer = sources.open_model(
+            args.path, device=machine.pick_device(args.device), dtype=_dtype(args), mode=args.mode
+        )
+        result = generation.stream(
+            model,
+            tokenizer,
+            args.prompt,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+            on_text=(lambda text: None) if args.json else on_text,
+        )
+    if not args.json and not args.quiet:
+        speed = "" if result["tok_s"] is None else f", {result['tok_s']:.1f} tokens/s after the first"
+        print(f"{result['tokens']} tokens in {terminal.duration(result['seconds'])}{speed}", file=sys.stderr)
+    return _print(args, {"model": args.path, "prompt": args.prompt, **result}, lambda out: out.print())
+
+
+COMMANDS: dict[str, Callable[[Namespace], int]] = {
+    "quantize": _quantize,
+    "eval": _eval,
+    "inspect": _inspect,
+    "verify": _verify,
+    "generate": _generate,
+}
+
+
+def _print(args: Namespace, result: Mapping[str, Any], show: Callable[["Console"], None]) -> int:
+    """Print a result on stdout, as JSON or through `show`, and return the exit code of success."""
+    from ptq161 import terminal
+
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+    else:
+        show(terminal.console())
+    return 0
+
+
+def _dtype(args: Namespace) -> "torch.dtype | None":
+    import torch
+
+    return None if args.dtype == "auto" else getattr(torch, args.dtype)
+
+
+def _weight_bytes(path: str) -> int | None:
+    """Size of a local model's weight files; None for a name on the hub."""
+    place = Path(path)
+    if place.is_file():
+        return place.stat().st_size
+    files = list(place.glob("*.safetensors")) or list(place.glob("*.bin"))
+    return sum(file.stat().st_size for file in files) if files else None
+
+
+def _append_row(args: Namespace, result: Mapping[str, Any], sizes: Mapping[str, Any] | None) -> None:
+    """Append one row of results.jsonl; what is not known of the model is null."""
+    import torch
+
+    run = {} if sizes is None else json.loads((Path(args.path) / "run.json").read_text(encoding="utf-8"))
+    config, calibration = run.get("config", {}), run.get("calibration", {})
+    texts = calibration.get("sources", [])
+    row = {
+        "schema": 1,
+        "model": args.path,
+        "revision": None,
+        "method": config.get("method"),
+        "preprocessing": None,
+        "config": config or None,
+        # Of a mix, only the sum is recorded.
+        "calib": {text: calibration["tokens"] if len(texts) == 1 else None for text in texts} or None,
+        "bits_per_weight": result["bits_per_weight"],
+        "claimed_bits": None if sizes is None else sizes["paper_bits"],
+        "file_bytes": _weight_bytes(args.path) if sizes is None else sizes["file_bytes"],
+        "perplexity": result["perplexity"],
+        "tasks": result["tasks"],
+        "seconds": result["seconds"],
+        "peak_rss_bytes": result["peak_rss_bytes"],
+        "seed": config.get("seed"),
+        "threads": torch.get_num_threads(),
+        "version": ptq161.__version__,
+        "command": shlex.join(["ptq161", *args.arguments]),
+        "status": "ok",
+        "reason": None,
+    }
+    with args.out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")

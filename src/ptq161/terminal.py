@@ -1,0 +1,262 @@
+"""What a person sees: progress on stderr, tables on stdout. Numbers come in ready; nothing is decided here."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from ptq161.machine import peak_rss_bytes
+
+if TYPE_CHECKING:
+    from ptq161.walk import Progress
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that prints text as it is: paths and document ranges such as `[0:100]` are no markup."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(
+        file=stream,
+        width=None if stream.isatty() else 100,
+        markup=False,
+        highlight=False,
+        emoji=False,
+        soft_wrap=True,
+    )
+
+
+@contextmanager
+def quiet_libraries(*, debug: bool) -> Iterator[None]:
+    """Keep the libraries' bars, logs and warnings off the terminal, unless debugging."""
+    if debug:
+        yield
+        return
+    from transformers.utils import logging as transformers_logging
+
+    hub = logging.getLogger("huggingface_hub")
+    verbosity, hub_level = transformers_logging.get_verbosity(), hub.level
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        hub.setLevel(hub_level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+class _Meter:
+    """A bar on stderr where that is a terminal, plain lines where it is not, nothing when quiet."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.console = console(stderr=True)
+        self.lines = not quiet and not self.console.is_terminal
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
+        shown = not quiet and self.console.is_terminal
+        self.bar = Bar(*columns, console=self.console, transient=True, disable=not shown)
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> None:
+        self.bar.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def line(self, text: str) -> None:
+        """Print one line, if lines are wanted."""
+        if self.lines:
+            self.console.print(text)
+
+    def show(self, description: str, share: float, figures: str) -> None:
+        """Move the bar to a share of its length."""
+        if self.task is None:
+            self.task = self.bar.add_task(description, total=1.0, figures=figures)
+        self.bar.update(self.task, description=description, completed=share, figures=figures)
+
+
+class QuantizeMeter(_Meter):
+    """Takes the pipeline's progress reports: block, phase, loss, time left, memory."""
+
+    began_at: int | None = None
+
+    def __call__(self, progress: "Progress") -> None:
+        """Show one report; without a terminal, one line for each finished block."""
+        if self.began_at is None:
+            self.began_at = progress.block  # not `first` when an interrupted run is continued
+        finished = progress.phase == "save"
+        share = 1.0 if finished else progress.step / progress.steps if progress.phase == "learn" else 0.0
+        done, total = progress.block - self.began_at + share, progress.last - self.began_at
+        block = f"block {progress.block - progress.first + 1}/{progress.last - progress.first}"
+        loss = "" if progress.loss is None else f"loss {progress.loss:.4g}  "
+        left = f"{duration(progress.seconds / done * (total - done))} left  " if done else ""
+        figures = f"{loss}{left}memory {size(peak_rss_bytes())}"
+        self.show(f"{block} {progress.phase}", done / total, figures)
+        if finished:
+            self.line(f"{block}  {duration(progress.seconds)}  {figures}")
+
+
+class EvaluationMeter(_Meter):
+    """Takes windows done of one evaluation text; without a terminal, a line for about every tenth."""
+
+    def __init__(self, name: str, *, quiet: bool) -> None:
+        super().__init__(quiet=quiet)
+        self.name = name
+        self.tenths = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` windows are evaluated."""
+        self.show(self.name, done / total, f"window {done}/{total}")
+        if done * 10 // total > self.tenths:
+            self.tenths = done * 10 // total
+            self.line(f"{self.name}: window {done}/{total}")
+
+
+def size(count: int) -> str:
+    """Bytes for people: 78.1 MB, 1.83 GB (decimal units)."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.{2 if unit == 'GB' else 1}f} {unit}"
+    return f"{count} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 12 s, 3:25 min, 1:04 h."""
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds) // 60
+    return f"{minutes}:{round(seconds) % 60:02} min" if minutes < 100 else f"{minutes // 60}:{minutes % 60:02} h"
+
+
+def optional(value: float | None, form: str = ".4f") -> str:
+    """A number, or a dash for one that does not apply."""
+    return "-" if value is None else format(value, form)
+
+
+def figures_table(rows: Mapping[str, str]) -> Table:
+    """Two columns: what, and how much."""
+    table = Table(show_header=False)
+    for name, figure in rows.items():
+        table.add_row(name, figure)
+    return table
+
+
+def numbers_table(name: str, *columns: str) -> Table:
+    """A first column of names, then numbers, aligned right."""
+    table = Table(name)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _budget_rows(result: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "honest bits per weight": optional(result["bits_per_weight"]),
+        "the paper's formula": optional(result["paper_bits"]),
+        "channels kept at 4 bits": f"{result['salient_ratio']:.2%}",
+        "quantized weights": f"{result['quantized_weights']:,}",
+        "linears left dense": str(result["dense_linears"]),
+    }
+
+
+def show_quantized(out: Console, result: Mapping[str, Any], source_bytes: int | None, next_commands: list[str]) -> None:
+    """The summary after `quantize`."""
+    source = "" if source_bytes is None else f" (source: {size(source_bytes)})"
+    rows = _budget_rows(result) | {
+        "weight files": size(result["file_bytes"]) + source,
+        "time": duration(result["seconds"]),
+        "peak memory": size(result["peak_rss_bytes"]),
+    }
+    out.print(figures_table(rows))
+    table = numbers_table("block", "loss at the start", "as stored", "change", "time")
+    for block in result["blocks"]:
+        first, last = block["loss_first"], block["loss_last"]
+        change = f"{last / first - 1:+.1%}" if first else "-"
+        table.add_row(str(block["index"]), f"{first:.5g}", f"{last:.5g}", change, duration(block["seconds"]))
+    out.print(table)
+    worse = [str(block["index"]) for block in result["blocks"] if not block["loss_last"] < block["loss_first"]]
+    if worse:
+        out.print(f"warning: the stored loss is not below its start in block {', '.join(worse)}")
+    for command in next_commands:
+        out.print(f"next: {command}")
+
+
+def show_plan(out: Console, result: Mapping[str, Any]) -> None:
+    """What `quantize --dry-run` found out."""
+    rows = _budget_rows(result) | {
+        "weight files": size(result["file_bytes"]),
+        "peak memory, about": size(result["peak_memory_bytes"]),
+        "disk, while it runs": size(result["disk_bytes"]),
+        "work in the linears": f"{result['flops']:.2e} floating-point operations",
+    }
+    out.print(figures_table(rows))
+
+
+def show_evaluated(out: Console, result: Mapping[str, Any]) -> None:
+    """Perplexities, one row per text."""
+    table = numbers_table("text", "perplexity", "tokens", "windows", "of length", "BOS")
+    for source, entry in result["perplexity"].items():
+        counts = (
+            f"{entry['tokens']:,}",
+            str(entry["windows"]),
+            str(entry["seqlen"]),
+            "no" if entry["bos"] is None else "yes",
+        )
+        table.add_row(source, optional(entry["ppl"]), *counts)
+    out.print(table)
+    bits = "dense" if result["bits_per_weight"] is None else f"{result['bits_per_weight']:.4f} bits per weight"
+    out.print(f"{result['model']}: {bits}, {duration(result['seconds'])}, {size(result['peak_rss_bytes'])} of memory")
+
+
+def show_inspected(out: Console, path: str, result: Mapping[str, Any]) -> None:
+    """Bits, bytes by part, and the distinct linears."""
+    stored, file_bytes = sum(result["parts"].values()), result["file_bytes"]
+    table = numbers_table("in the files", "bytes", "share", "bits/weight")
+    for name, count in result["parts"].items():
+        bits = 8 * count / result["quantized_weights"]
+        table.add_row(name, f"{count:,}", f"{count / file_bytes:.1%}", f"{bits:.4f}")
+    table.add_section()
+    table.add_row("linears", f"{stored:,}", f"{stored / file_bytes:.1%}", f"{result['bits_per_weight']:.4f}")
+    rest = result["other_bytes"] - result["embedding_bytes"] - result["head_bytes"]
+    head = "head (tied: the embedding)" if not result["head_bytes"] else "head"
+    others = {"embedding": result["embedding_bytes"], head: result["head_bytes"], "everything else": rest}
+    for name, count in (others | {"file headers": result["header_bytes"]}).items():
+        table.add_row(name, f"{count:,}", f"{count / file_bytes:.1%}", "")
+    table.add_section()
+    table.add_row("files", f"{file_bytes:,}", "100.0%", "")
+    out.print(f"{path} ({'measured' if result['measured'] else 'predicted'})")
+    out.print(table)
+    layers = numbers_table("linears", "rows", "cols", "input channels", "bits/weight", "paper's formula")
+    for layer in result["layers"]:
+        shape = (str(layer["linears"]), str(layer["rows"]), str(layer["cols"]))
+        columns = ", ".join(f"{count} of {width}" for width, count in layer["columns"].items())
+        layers.add_row(*shape, columns, f"{layer['bits_per_weight']:.4f}", optional(layer["paper_bits"]))
+    out.print(layers)
+    rows = _budget_rows(result) | {
+        "linears at fp16": f"{size(result['linears_fp16_bytes'])}, {result['times_smaller']:.2f} times as large",
+        "weight files": size(file_bytes),
+    }
+    out.print(figures_table(rows))
+    quoted = result["paper_table_13"]
+    if quoted is not None:
+        out.print(
+            f"The paper's Table 13 has {size(int(quoted['bytes']))} for {quoted['model']} (rule not published); "
+            f"here the linears take {size(stored)}, the files {size(file_bytes)}."
+        )
+
+
+def show_problems(out: Console, problems: Sequence[Mapping[str, Any]]) -> None:
+    """What `verify` found, one line each."""
+    for problem in problems:
+        where = problem["file"] if problem["tensor"] is None else f"{problem['file']}: tensor {problem['tensor']}"
+        out.print(f"{where}: {problem['what']}")
