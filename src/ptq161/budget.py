@@ -55,7 +55,10 @@ def salient_ratio(shapes: Mapping[str, LinearShape], config: QuantConfig) -> flo
     assert config.bits is not None
     kinds = _kinds(shapes.values())
     weights = sum(rows * cols * number for (rows, cols, _), number in kinds.items())
-    candidates = sorted({count / cols for _, cols, _ in kinds for count in range(cols + 1)}, reverse=True)
+    # Codes alone take 1 + 3 * (count / cols) bits, so no ratio beyond this one can do; it only saves time.
+    highest = (config.bits - 1) / 3 + max(1 / cols for _, cols, _ in kinds)
+    every = {count / cols for _, cols, _ in kinds for count in range(cols + 1)}
+    candidates = sorted((ratio for ratio in every if ratio <= highest), reverse=True)
     lowest = float("inf")
     for ratio in candidates:
         stored = sum(
