@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from ptq161.binarize import reconstruct
 from ptq161.config import CalibrationConfig, QuantConfig
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-windows", type=int)
     parser.add_argument("--only", nargs="*", help="names of the variants to run")
     arguments = parser.parse_args()
 
@@ -82,8 +84,11 @@ def main() -> None:
             file.write(line + "\n")
         print(line, flush=True)
 
-    def evaluate(model: torch.nn.Module) -> dict[str, dict[str, object]]:
-        return {name: perplexity(model, text, arguments.seqlen) for name, text in texts.items()}
+    def evaluate(model: PreTrainedModel) -> dict[str, dict[str, object]]:
+        return {
+            name: perplexity(model, text, arguments.seqlen, max_windows=arguments.max_windows)
+            for name, text in texts.items()
+        }
 
     if "full precision" not in finished:
         record("full precision", perplexity=evaluate(source.model))

@@ -1,6 +1,6 @@
 """Where the time of one quantized block goes: by phase, and by kind of operation inside the learning steps.
 
-    .venv/bin/python benchmarks/block_time.py MODEL --calib TEXT [--block 0] [--samples 32 --seqlen 512 --epochs 4]
+.venv/bin/python benchmarks/block_time.py MODEL --calib TEXT [--block 0] [--samples 32 --seqlen 512 --epochs 4]
 """
 
 import argparse

@@ -55,20 +55,21 @@ def salient_ratio(shapes: Mapping[str, LinearShape], config: QuantConfig) -> flo
     assert config.bits is not None
     kinds = _kinds(shapes.values())
     weights = sum(rows * cols * number for (rows, cols, _), number in kinds.items())
-    # Codes alone take 1 + 3 * (count / cols) bits, so no ratio beyond this one can do; it only saves time.
-    highest = (config.bits - 1) / 3 + max(1 / cols for _, cols, _ in kinds)
-    every = {count / cols for _, cols, _ in kinds for count in range(cols + 1)}
-    candidates = sorted((ratio for ratio in every if ratio <= highest), reverse=True)
-    lowest = float("inf")
-    for ratio in candidates:
+
+    def bits_at(ratio: float) -> float:
         stored = sum(
             _stored_bytes(rows, cols, owner, salient_count(ratio, cols), config.row_mean) * number
             for (rows, cols, owner), number in kinds.items()
         )
-        bits = 8 * stored / weights
-        if bits <= config.bits:
+        return 8 * stored / weights
+
+    ratios = sorted({count / cols for _, cols, _ in kinds for count in range(cols + 1)}, reverse=True)
+    # Codes alone take 1 + 3 * (count / cols) bits: beyond this ratio none can do, and skipping them saves seconds.
+    highest = (config.bits - 1) / 3 + max(1 / cols for _, cols, _ in kinds)
+    for ratio in ratios:
+        if ratio <= highest and bits_at(ratio) <= config.bits:
             return ratio
-        lowest = min(lowest, bits)
+    lowest = min(bits_at(ratio) for ratio in ratios)
     raise InputError(
         f"bits={config.bits} cannot be reached on this model: its row vectors alone bring the lowest figure to "
         f"{lowest:.3f} bits per weight; ask for more bits, or give --salient-ratio"

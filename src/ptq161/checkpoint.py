@@ -64,7 +64,10 @@ class WorkFolder:
         elif existed and not {entry.name for entry in self.path.iterdir()} <= {"lock", "job.json.new"}:
             raise InputError(f"{self.path} exists and is not an unfinished run of ptq161; move it away")
         else:
-            write_atomically(self._job, lambda target: target.write_text(json.dumps(job, indent=2)))
+            try:
+                write_atomically(self._job, lambda target: target.write_text(json.dumps(job, indent=2)))
+            except OSError as error:
+                raise InputError(f"cannot write to {self.path}: {error.strerror}") from error
 
     def _clear(self) -> None:
         for entry in self.path.iterdir():
