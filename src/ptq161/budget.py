@@ -1,6 +1,7 @@
 """The bit budget: the largest salient ratio whose packed bytes stay within a number of bits per weight."""
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -53,7 +54,7 @@ def salient_ratio(shapes: Mapping[str, LinearShape], config: QuantConfig) -> flo
     if config.salient_ratio is not None:
         return config.salient_ratio
     assert config.bits is not None
-    kinds = _kinds(shapes.values())
+    kinds = Counter((shape.rows, shape.cols, shape.columns_from is None) for shape in shapes.values())
     weights = sum(rows * cols * number for (rows, cols, _), number in kinds.items())
 
     def bits_at(ratio: float) -> float:
@@ -74,14 +75,6 @@ def salient_ratio(shapes: Mapping[str, LinearShape], config: QuantConfig) -> flo
         f"bits={config.bits} cannot be reached on this model: its row vectors alone bring the lowest figure to "
         f"{lowest:.3f} bits per weight; ask for more bits, or give --salient-ratio"
     )
-
-
-def _kinds(shapes: Iterable[LinearShape]) -> dict[tuple[int, int, bool], int]:
-    kinds: dict[tuple[int, int, bool], int] = {}
-    for shape in shapes:
-        key = (shape.rows, shape.cols, shape.columns_from is None)
-        kinds[key] = kinds.get(key, 0) + 1
-    return kinds
 
 
 @lru_cache(maxsize=1 << 16)
