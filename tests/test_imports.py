@@ -1,0 +1,167 @@
+"""Who may import whom: the algorithm knows no files, a method no storage, a kernel no method."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "ptq161"
+
+# Module or subpackage -> what of ours it may import, anywhere in it. `errors` is free to all.
+ALLOWED = {
+    # the algorithm: tensors in, tensors out
+    "errors": "",
+    "config": "",
+    "machine": "",
+    "binarize": "config",
+    "packing": "binarize",
+    "layout": "packing binarize",
+    "budget": "layout packing binarize config",
+    "blocks": "budget",
+    "fit": "blocks binarize config machine",
+    "methods": "fit blocks binarize config",  # never linear, never kernels
+    "walk": "methods fit blocks budget layout packing config",
+    # running packed models
+    "kernels": "packing binarize",
+    "linear": "kernels layout packing binarize",
+    # files
+    "folder": "",
+    "contents": "folder layout packing",
+    "verify": "folder layout packing",
+    "saving": "contents folder layout packing",
+    "hf": "saving verify folder linear kernels layout packing machine config",
+    "checkpoint": "blocks",
+    # text and models from outside
+    "hub": "",
+    "selftext": "",
+    "data": "hub selftext config",
+    "sources": "hf hub config",
+    # commands
+    "evaluate": "data",
+    "generation": "data",
+    "inspection": "sources hf saving contents folder blocks budget layout packing config",
+    "pipeline": "walk methods blocks checkpoint hf folder inspection sources data layout config machine",
+    "report": "",
+    "arguments": "config",
+    "terminal": "walk machine",
+}
+PEOPLE_FACING = {"__init__", "__main__", "cli"}  # anything, inside the bodies; above them only what is light
+LIGHT = {"config", "arguments", "cli"}
+
+THIRD_PARTY = {
+    "errors": "",
+    "config": "",
+    "arguments": "",
+    "layout": "",
+    "budget": "",
+    "machine": "torch",
+    "binarize": "torch jaxtyping",
+    "packing": "torch jaxtyping",
+    "fit": "torch jaxtyping",
+    "methods": "torch jaxtyping",
+    "kernels": "torch jaxtyping",
+    "linear": "torch jaxtyping",
+    "blocks": "torch jaxtyping transformers",
+    "walk": "torch jaxtyping transformers",
+}
+
+
+def modules():
+    """(subpackage or module, file) for every file of the package."""
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        yield parts[0], path
+
+
+def imported(nodes):
+    """Dotted names of all that these syntax nodes import."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            yield from ([f"ptq161.{a.name}" for a in node.names] if node.module == "ptq161" else [node.module])
+
+
+MODULES = list(modules())
+
+
+@pytest.mark.parametrize(("name", "path"), MODULES, ids=[str(path.relative_to(SOURCE)) for _, path in MODULES])
+def test_module_imports_only_what_the_table_allows(name, path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = list(imported(tree.body if name in PEOPLE_FACING else ast.walk(tree)))
+    assert name in ALLOWED.keys() | PEOPLE_FACING, f"{name} is new: add it to the table, with what it may import"
+    ours = {imported_name.split(".")[1] for imported_name in names if imported_name.startswith("ptq161.")}
+    allowed = LIGHT if name in PEOPLE_FACING else set(ALLOWED[name].split())
+    assert ours <= allowed | {"errors", "__version__", name}, f"{name} may not import {sorted(ours - allowed)}"
+    if name in THIRD_PARTY:
+        theirs = {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"ptq161"}
+        assert theirs <= set(THIRD_PARTY[name].split()), f"{name} may not import {sorted(theirs)}"
+
+
+def test_the_table_has_no_circle():
+    """Modules can be put in an order in which each imports only earlier ones."""
+    left = {name: set(allowed.split()) for name, allowed in ALLOWED.items()}
+    while left:
+        ready = {name for name, needs in left.items() if not needs & left.keys()}
+        assert ready, f"circle among {sorted(left)}"
+        left = {name: needs for name, needs in left.items() if name not in ready}
+
+
+def modules_loaded_by(code):
+    """Top-level names in sys.modules after `code`, in a fresh interpreter."""
+    script = f"{code}\nimport sys\nprint('LOADED', *{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(SOURCE.parent)},
+        check=True,
+    )
+    return set(done.stdout.rpartition("LOADED")[2].split())
+
+
+HEAVY = {"torch", "transformers", "datasets", "safetensors", "numpy"}
+
+
+def test_importing_the_package_is_light():
+    assert not modules_loaded_by("import ptq161; ptq161.__version__; dir(ptq161)") & HEAVY
+
+
+def test_settings_and_errors_are_light():
+    assert not modules_loaded_by("from ptq161 import QuantConfig, CheckpointError; QuantConfig()") & HEAVY
+
+
+def test_help_is_light():
+    code = """
+import sys
+from ptq161.cli import main
+for arguments in (["--help"], ["quantize", "--help"], ["--version"]):
+    sys.argv = ["ptq161", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, end.code
+"""
+    assert not modules_loaded_by(code) & HEAVY
+
+
+def test_public_names_resolve():
+    code = """
+import ptq161
+assert set(ptq161.__all__) <= set(dir(ptq161))
+missing = [name for name in ptq161.__all__ if getattr(ptq161, name, None) is None]
+assert not missing, missing
+assert callable(ptq161.quantize) and callable(ptq161.inspect) and callable(ptq161.load)
+"""
+    assert "torch" in modules_loaded_by(code)
+
+
+def test_unknown_public_name_is_an_attribute_error():
+    import ptq161
+
+    with pytest.raises(AttributeError, match="quantise"):
+        ptq161.quantise  # noqa: B018
