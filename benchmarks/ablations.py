@@ -20,7 +20,7 @@ from ptq161.config import CalibrationConfig, QuantConfig
 from ptq161.data import calibration_tokens, evaluation_tokens
 from ptq161.evaluate.perplexity import perplexity
 from ptq161.layout import ModelLayout
-from ptq161.packing import PackedWeight, unpack
+from ptq161.packing import COLUMN_TYPES, PackedWeight, unpack
 from ptq161.sources import open_dense
 from ptq161.walk import QuantizedBlock, prepare, walk
 
@@ -50,8 +50,8 @@ def install(model: torch.nn.Module, layout: ModelLayout, block: QuantizedBlock) 
     for name, spec in layout.linears.items():
         if name.startswith(prefix):
             own = {tensor: block.packed[f"{name}.{tensor}"] for tensor in spec.specs()}
-            if spec.columns_from is not None:
-                own["column_types"] = block.packed[f"{spec.columns_from}.column_types"]
+            if spec.columns_from is not None and COLUMN_TYPES in spec.layout.specs():
+                own[COLUMN_TYPES] = block.packed[f"{spec.columns_from}.{COLUMN_TYPES}"]
             linear = model.get_submodule(name)
             linear.weight.data = reconstruct(unpack(PackedWeight(spec.layout, own))).to(linear.weight.dtype)
 

@@ -5,18 +5,14 @@ import torch
 from families import FAMILIES, REFUSED, VOCABULARY, build
 from torch import nn
 
-from ptq161.blocks import (
-    InputStats,
-    advance,
+from ptq161.blocks import InputStats, advance, check_stats, check_weights, watch_inputs
+from ptq161.discovery import (
     block_linears,
-    check_stats,
-    check_weights,
     config_shapes,
     decoder_blocks,
     first_hidden,
     linear_shapes,
     trace,
-    watch_inputs,
     without_blocks,
 )
 from ptq161.errors import NonFiniteError, UnsupportedModel, UnsupportedModule

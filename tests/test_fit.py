@@ -8,8 +8,9 @@ import torch
 from families import FAMILIES, VOCABULARY, build
 
 from ptq161.binarize import QuantizedWeight, quantize_weight, reconstruct
-from ptq161.blocks import BlockTask, advance, block_linears, decoder_blocks, first_hidden, trace, watch_inputs
+from ptq161.blocks import BlockTask, advance, watch_inputs
 from ptq161.config import Compute, Magnitude, QuantConfig
+from ptq161.discovery import block_linears, decoder_blocks, first_hidden, trace
 from ptq161.errors import NonFiniteError
 from ptq161.fit import SMALLEST_COSINE, block_distance, fit_block, measure, objective, weight_arguments
 from ptq161.methods.ptq161 import block_masks

@@ -20,10 +20,11 @@ ALLOWED = {
     "packing": "binarize",
     "layout": "packing binarize",
     "budget": "layout packing binarize config",
-    "blocks": "budget",
+    "blocks": "",
+    "discovery": "blocks budget",
     "fit": "blocks binarize config machine",
     "methods": "fit blocks binarize config",  # never linear, never kernels
-    "walk": "methods fit blocks budget layout packing config",
+    "walk": "methods fit discovery blocks budget layout packing config",
     # running packed models
     "kernels": "packing binarize",
     "linear": "kernels layout packing binarize",
@@ -42,7 +43,7 @@ ALLOWED = {
     # commands
     "evaluate": "data",
     "generation": "data",
-    "inspection": "sources hf saving contents folder blocks budget layout packing config",
+    "inspection": "sources hf saving contents folder discovery blocks budget layout packing config",
     "pipeline": "walk methods blocks checkpoint hf folder inspection sources data layout config machine",
     "report": "",
     "arguments": "config",
@@ -64,7 +65,8 @@ THIRD_PARTY = {
     "methods": "torch jaxtyping",
     "kernels": "torch jaxtyping",
     "linear": "torch jaxtyping",
-    "blocks": "torch jaxtyping transformers",
+    "blocks": "torch jaxtyping",
+    "discovery": "torch jaxtyping transformers",
     "walk": "torch jaxtyping transformers",
 }
 

@@ -13,10 +13,10 @@ from families import FAMILIES, build
 from safetensors.torch import load_file, save_file
 
 from ptq161.binarize import quantize_weight, salient_columns, salient_count
-from ptq161.blocks import decoder_blocks, linear_shapes, trace
 from ptq161.budget import model_layout
 from ptq161.config import SalientRange
 from ptq161.contents import header_bytes
+from ptq161.discovery import decoder_blocks, linear_shapes, trace
 from ptq161.errors import CheckpointError, InputError, UnsupportedModel
 from ptq161.inspection import inspect, predict
 from ptq161.layout import paper_bits

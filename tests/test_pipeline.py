@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM
 
 import ptq161
 from ptq161 import pipeline
-from ptq161.blocks import advance, decoder_blocks, first_hidden, trace
+from ptq161.blocks import advance
 from ptq161.checkpoint import WorkFolder
 from ptq161.config import CalibrationConfig, QuantConfig
 from ptq161.data import calibration_tokens
+from ptq161.discovery import decoder_blocks, first_hidden, trace
 from ptq161.errors import InputError, NonFiniteError, Ptq161Error
 from ptq161.fit import objective
 from ptq161.layout import ModelLayout

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ptq161 import budget
-from ptq161.blocks import block_linears, config_shapes, decoder_blocks
 from ptq161.config import QuantConfig
 from ptq161.contents import StoredTensor, header_bytes, into_shards, read_header, stored_tensors
+from ptq161.discovery import block_linears, config_shapes, decoder_blocks
 from ptq161.errors import CheckpointError, InputError
 from ptq161.folder import CONFIG, quantization_config
 from ptq161.hf import is_packed

@@ -15,23 +15,10 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptq161.blocks import (
-    BlockTask,
-    Streams,
-    Trace,
-    advance,
-    block_linears,
-    check_stats,
-    check_weights,
-    decoder_blocks,
-    first_hidden,
-    linear_shapes,
-    trace,
-    watch_inputs,
-    without_blocks,
-)
+from ptq161.blocks import BlockTask, Streams, advance, check_stats, check_weights, watch_inputs
 from ptq161.budget import model_layout, salient_ratio
 from ptq161.config import QuantConfig
+from ptq161.discovery import Trace, block_linears, decoder_blocks, first_hidden, linear_shapes, trace, without_blocks
 from ptq161.errors import InputError, NonFiniteError
 from ptq161.fit import measure
 from ptq161.layout import ModelLayout
