@@ -157,10 +157,12 @@ def _generate(args: Namespace) -> int:
             seed=args.seed,
             on_text=(lambda text: None) if args.json else on_text,
         )
+    if not args.json:
+        print(flush=True)  # ends the last line of the text before anything goes to stderr
     if not args.json and not args.quiet:
         speed = "" if result["tok_s"] is None else f", {result['tok_s']:.1f} tokens/s after the first"
         print(f"{result['tokens']} tokens in {terminal.duration(result['seconds'])}{speed}", file=sys.stderr)
-    return _print(args, {"model": args.path, "prompt": args.prompt, **result}, lambda out: out.print())
+    return _print(args, {"model": args.path, "prompt": args.prompt, **result}, lambda out: None)
 
 
 COMMANDS: dict[str, Callable[[Namespace], int]] = {
