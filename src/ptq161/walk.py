@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ptq161.budget import model_layout, salient_ratio
 from ptq161.config import QuantConfig
 from ptq161.discovery import Trace, block_linears, decoder_blocks, first_hidden, linear_shapes, trace, without_blocks
 from ptq161.errors import InputError, NonFiniteError
-from ptq161.fit import measure
+from ptq161.fit import OnStep, measure
 from ptq161.layout import ModelLayout
 from ptq161.methods import METHODS
 from ptq161.packing import pack
@@ -128,36 +129,37 @@ def walk(
         start = Streams(prepared.first, hidden, hidden.clone())
     streams = start
     for index in range(start.next_block, prepared.last):
-        block_began = time.monotonic()
         with _on_device(blocks[index], device):
             report(index, "targets")
-            task = _block_task(prepared, index, streams, device)
+            on_step = partial(report, index, "learn")
+            block = _quantize_block(prepared, index, streams, config, device, on_step)
+        report(index, "save", 1, 1, block.record["loss_last"])
+        yield block
+        streams = block.streams
 
-            def on_step(step: int, steps: int, loss: float, index: int = index) -> None:
-                report(index, "learn", step, steps, loss)
 
-            result = METHODS[config.method](task, config, on_step)
-            loss_last, quantized = measure(task, result.weights, config)
-        if not torch.tensor([result.loss_first, loss_last]).isfinite().all() or not quantized.isfinite().all():
-            raise NonFiniteError(
-                f"block {index} of {prepared.prefix} gives a loss of {loss_last} (from {result.loss_first}) with its "
-                "stored factors; its activations or factors overflow. Lower lr_scale and lr_angular (--set)."
-            )
-        streams = Streams(index + 1, task.full_out, quantized)
-        packed = {}
-        for name, weight in result.weights.items():
-            full_name = f"{prepared.prefix}.{index}.{name}"
-            spec, packed_weight = prepared.layout.linears[full_name], pack(weight)
-            assert packed_weight.layout == spec.layout, (full_name, packed_weight.layout, spec.layout)
-            packed.update({f"{full_name}.{tensor}": packed_weight.tensors[tensor].cpu() for tensor in spec.specs()})
-        record = {
-            "index": index,
-            "loss_first": result.loss_first,
-            "loss_last": loss_last,
-            "seconds": time.monotonic() - block_began,
-        }
-        report(index, "save", 1, 1, loss_last)
-        yield QuantizedBlock(index, f"{prepared.prefix}.{index}", packed, record, streams)
+def _quantize_block(
+    prepared: Prepared, index: int, streams: Streams, config: QuantConfig, device: torch.device, on_step: OnStep
+) -> QuantizedBlock:
+    """One block: targets, method, and the quantized stream through what will be stored."""
+    began = time.monotonic()
+    task = _block_task(prepared, index, streams, device)
+    result = METHODS[config.method](task, config, on_step)
+    loss_last, quantized = measure(task, result.weights, config)
+    if not torch.tensor([result.loss_first, loss_last]).isfinite().all() or not quantized.isfinite().all():
+        raise NonFiniteError(
+            f"block {index} of {prepared.prefix} gives a loss of {loss_last} (from {result.loss_first}) with its "
+            "stored factors; its activations or factors overflow. Lower lr_scale and lr_angular (--set)."
+        )
+    prefix = f"{prepared.prefix}.{index}"
+    tensors: dict[str, Tensor] = {}
+    for name, weight in result.weights.items():
+        spec, packed = prepared.layout.linears[f"{prefix}.{name}"], pack(weight)
+        assert packed.layout == spec.layout, (prefix, name, packed.layout, spec.layout)
+        tensors |= {f"{prefix}.{name}.{tensor}": packed.tensors[tensor].cpu() for tensor in spec.specs()}
+    seconds = time.monotonic() - began
+    record = {"index": index, "loss_first": result.loss_first, "loss_last": loss_last, "seconds": seconds}
+    return QuantizedBlock(index, prefix, tensors, record, Streams(index + 1, task.full_out, quantized))
 
 
 def _block_task(prepared: Prepared, index: int, streams: Streams, device: torch.device) -> BlockTask:
