@@ -62,6 +62,7 @@ def main() -> None:
         f"block {arguments.block} of {arguments.model}: {total:.1f} s with {torch.get_num_threads()} threads, "
         f"{arguments.samples} x {arguments.seqlen} tokens, {arguments.epochs} epochs"
     )
+    print(f"objective {block.record['loss_first']:.6f} -> {block.record['loss_last']:.6f}, compute={arguments.compute}")
     print(f"  learning                {learning:6.1f} s  {learning / total:4.0%}")
     print(f"  targets and measuring   {total - learning:6.1f} s  {1 - learning / total:4.0%}  (four float32 passes)")
 
