@@ -46,7 +46,7 @@ class Settings:
 
 CAVEATS = (
     "At 135 million parameters the paper's method leaves a model that does not talk sense: on WikiText-2 its "
-    "perplexity is in the hundreds, against 30 to 45 of the original. In the paper the same method takes LLaMA-2-7B "
+    "perplexity is in the hundreds, against 30 of the original. In the paper the same method takes LLaMA-2-7B "
     "from 5.5 to 22.6 (to 12.7 with a preprocessing step that is not part of this demo). A better recipe is a separate "
     "piece of work. The samples are what this one gives, neither picked nor retouched.",
     "The original is the float32 reading of a 4-bit file (Q4_1). It is what this model was quantized from and is "
