@@ -50,7 +50,7 @@ def install(model: torch.nn.Module, layout: ModelLayout, block: QuantizedBlock) 
     for name, spec in layout.linears.items():
         if name.startswith(prefix):
             own = {tensor: block.packed[f"{name}.{tensor}"] for tensor in spec.specs()}
-            if spec.columns_from is not None and COLUMN_TYPES in spec.layout.specs():
+            if spec.columns_from is not None:
                 own[COLUMN_TYPES] = block.packed[f"{spec.columns_from}.{COLUMN_TYPES}"]
             linear = model.get_submodule(name)
             linear.weight.data = reconstruct(unpack(PackedWeight(spec.layout, own))).to(linear.weight.dtype)

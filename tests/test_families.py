@@ -126,3 +126,12 @@ def test_family_with_weights_outside_linears_is_refused_and_nothing_is_written(
         pipeline.quantize(model_folder(family), tmp_path / "out", calib=str(calibration_file), **SETTINGS)
     assert error.value.exit_code == 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_linears_of_a_single_group_have_no_column_types_to_share(ratio, model_folder, calibration_file, tmp_path):
+    settings = SETTINGS | {"salient_ratio": ratio, "epochs": 0}
+    pipeline.quantize(model_folder("llama"), tmp_path / "out", calib=str(calibration_file), dtype="float32", **settings)
+    assert not any("column_types" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+    packed, dense = (ptq161.load(tmp_path / "out", mode=mode) for mode in ("packed", "dense"))
+    torch.testing.assert_close(logits(packed), logits(dense))

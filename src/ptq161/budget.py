@@ -32,15 +32,12 @@ def paper_layout(rows: int, cols: int, salient: int, row_mean: bool) -> LinearLa
 
 
 def model_layout(shapes: Mapping[str, LinearShape], ratio: float, row_mean: bool) -> ModelLayout:
-    """The packed layout of a whole model at one salient ratio."""
-    return ModelLayout(
-        {
-            name: PackedLinearSpec(
-                paper_layout(shape.rows, shape.cols, salient_count(ratio, shape.cols), row_mean), shape.columns_from
-            )
-            for name, shape in shapes.items()
-        }
-    )
+    """The packed layout of a whole model at one salient ratio. A linear of a single group has no types to share."""
+    linears = {}
+    for name, shape in shapes.items():
+        layout = paper_layout(shape.rows, shape.cols, salient_count(ratio, shape.cols), row_mean)
+        linears[name] = PackedLinearSpec(layout, shape.columns_from if len(layout.groups) > 1 else None)
+    return ModelLayout(linears)
 
 
 def salient_ratio(shapes: Mapping[str, LinearShape], config: QuantConfig) -> float:

@@ -150,7 +150,7 @@ def _check_owner(name: str, spec: PackedLinearSpec, linears: Mapping[str, Packed
     if spec.columns_from is None:
         return
     owner = linears.get(spec.columns_from)
-    if owner is None or owner.columns_from is not None:
+    if owner is None or COLUMN_TYPES not in owner.specs():
         raise CheckpointError(f"{name} takes its column types from {spec.columns_from!r}, which stores none")
     sizes = [group.cols for group in spec.layout.groups]
     if sizes != [group.cols for group in owner.layout.groups]:
