@@ -34,10 +34,11 @@ CODE_WIDTHS: dict[str, CodeWidth] = {
     width.name: width
     for width in (
         CodeWidth("1bit", count=2, lowest=-1, step=2),
-        CodeWidth("4bit", count=16, lowest=0, step=1),
+        CodeWidth("ternary", count=3, lowest=-1, step=1),
+        CodeWidth("4bit", count=16, lowest=-15, step=2),  # odd levels: symmetric about 0 where a group has no zero
     )
 }
-ONE_BIT, FOUR_BIT = CODE_WIDTHS["1bit"], CODE_WIDTHS["4bit"]
+ONE_BIT, TERNARY, FOUR_BIT = CODE_WIDTHS.values()
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,19 @@ def salient_group(
     spanned = weight if salient_range is SalientRange.ROW else part
     highest = spanned.amax(dim=1, keepdim=True).clamp(min=0)
     lowest = spanned.amin(dim=1, keepdim=True).clamp(max=0)
-    top = FOUR_BIT.count - 1
-    scale = stored((highest - lowest) / top)
+    scale = stored((highest - lowest) / ((FOUR_BIT.count - 1) * FOUR_BIT.step))
     scale = torch.where(scale == 0, 1.0, scale)  # an all-zero row, or one below float16: every level is then zero
-    zero = (-lowest / scale).round().clamp(0, top)
-    codes = (part / scale + zero).round().clamp(0, top)
+    zero = nearest_level(FOUR_BIT.lowest - lowest / scale, FOUR_BIT)
+    codes = nearest_level(part / scale + zero, FOUR_BIT)
     return ColumnGroup(columns=columns, width=FOUR_BIT, codes=codes.to(torch.int8), scale=scale, zero=zero)
+
+
+def nearest_level(values: Float[Tensor, "rows gcols"], width: CodeWidth) -> Float[Tensor, "rows gcols"]:
+    """The level of `width` nearest to each value, in the values' dtype. Zero between two signs becomes +1."""
+    if width.count == 2:  # round() would send 0.5, halfway between the digits, to the even one
+        return torch.where(values >= 0, 1.0, -1.0).to(values.dtype)
+    digits = ((values - width.lowest) / width.step).round().clamp(0, width.count - 1)
+    return digits * width.step + width.lowest
 
 
 def reconstruct(weight: QuantizedWeight) -> Float[Tensor, "rows cols"]:

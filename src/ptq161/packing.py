@@ -26,7 +26,7 @@ from torch import Tensor
 from ptq161.binarize import CODE_WIDTHS, CodeWidth, ColumnGroup, QuantizedWeight, as_stored
 from ptq161.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
