@@ -11,11 +11,13 @@ from ptq161.binarize import (
     CODE_WIDTHS,
     FOUR_BIT,
     ONE_BIT,
+    TERNARY,
     ColumnGroup,
     QuantizedWeight,
     as_stored,
     binarized_group,
     folded_rows,
+    nearest_level,
     quantize_weight,
     reconstruct,
     salient_columns,
@@ -62,6 +64,18 @@ def random_quantized(rows, cols, salient, seed, dtype=torch.float64):
         columns = order[:salient].sort().values
         groups.append(random_group(columns, rows, FOUR_BIT, generator, zero=True, dtype=dtype))
     return QuantizedWeight(tuple(groups))
+
+
+def random_mixed(rows, sizes, seed):
+    """Groups of sizes[0] 1bit, sizes[1] ternary and sizes[2] 4bit channels, shuffled, with a row scale each."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = torch.randperm(sum(sizes), generator=generator).split(sizes)
+    return QuantizedWeight(
+        tuple(
+            random_group(columns.sort().values, rows, width, generator, dtype=torch.float32)
+            for columns, width in zip(parts, CODE_WIDTHS.values(), strict=True)
+        )
+    )
 
 
 # The structured mask
@@ -163,15 +177,16 @@ def test_salient_range_by_hand():
     )
     columns = torch.tensor([0, 2])
     own = salient_group(weight, columns, SalientRange.SALIENT)
-    assert own.scale.tolist() == [[0.25], [0.25], [0.25]]
-    assert own.zero.tolist() == [[5.0], [0.0], [15.0]]
-    assert own.codes.tolist() == [[0, 15], [4, 15], [0, 11]]
+    assert own.scale.tolist() == [[0.125], [0.125], [0.125]]
+    assert own.zero.tolist() == [[-5.0], [-15.0], [15.0]]
+    assert own.codes.tolist() == [[-15, 15], [-7, 15], [-15, 7]]
     assert reconstruct_group(own, 4)[:, columns].equal(weight[:, columns])
 
     whole = salient_group(weight, columns, SalientRange.ROW)
-    assert whole.scale.tolist() == [[stored(torch.tensor(8.25 / 15)).item()], [0.5], [0.5]]
-    assert whole.zero.tolist() == [[2.0], [8.0], [8.0]]  # 1.25 / 0.55 = 2.27; 3.75 / 0.5 = 7.5 rounds to even
-    assert whole.codes.tolist() == [[0, 7], [10, 15], [0, 6]]  # row 1: 2 + 8, 7.5 + 8 clamped; row 2: 8 - 7.5, 8 - 2
+    assert whole.scale.tolist() == [[stored(torch.tensor(8.25 / 30)).item()], [0.25], [0.25]]
+    assert whole.zero.tolist() == [[-11.0], [1.0], [1.0]]  # 1.25 / 0.275 - 15 = -10.45; 3.75 / 0.25 - 15 = 0 is a tie
+    # Row 0: -4.5 - 11 clamped, 9.1 - 11; row 1: 4 + 1, 15 + 1 clamped; row 2: -15 + 1 is a tie, -4 + 1.
+    assert whole.codes.tolist() == [[-15, -1], [5, 15], [-15, -3]]
     assert whole.width is FOUR_BIT
     assert whole.mean is whole.row is whole.col is None
 
@@ -180,7 +195,7 @@ def test_salient_range_by_hand():
 @pytest.mark.parametrize("value", [0.0, 1e-9, -1e-9])
 def test_row_below_float16_becomes_zero(salient_range, value):
     group = salient_group(torch.full((1, 3), value), torch.arange(3), salient_range)
-    assert (group.scale.item(), group.zero.item(), group.codes.tolist()) == (1.0, 0.0, [[0, 0, 0]])
+    assert (group.scale.item(), group.zero.item(), group.codes.tolist()) == (1.0, -15.0, [[-15, -15, -15]])
     assert reconstruct_group(group, 3).tolist() == [[0.0, 0.0, 0.0]]
 
 
@@ -196,9 +211,8 @@ def test_four_bit_error_is_within_one_step_and_zero_is_on_the_grid(seed, rows, c
     group = salient_group(weight, torch.arange(cols), SalientRange.SALIENT)
     error = (reconstruct_group(group, cols) - weight).abs()
     # Half a step for the code, half for the rounded zero level at the ends; float16 moves the scale by 1/2048 of it.
-    assert (error <= group.scale * 1.02).all()
-    assert ((group.zero >= 0) & (group.zero <= 15) & (group.zero == group.zero.round())).all()
-    assert ((group.codes >= 0) & (group.codes <= 15)).all()
+    assert (error <= FOUR_BIT.step * group.scale * 1.02).all()
+    assert set(group.zero.flatten().tolist()) | set(group.codes.flatten().tolist()) <= set(levels_of(FOUR_BIT))
     assert group.scale.equal(stored(group.scale))
 
 
@@ -215,8 +229,8 @@ def reconstruct_group(group, cols):
 @given(
     seed=st.integers(0, 10_000),
     rows=st.integers(1, 5),
-    sizes=st.tuples(st.integers(1, 6), st.integers(1, 6)),
-    optional=st.tuples(*[st.booleans()] * 8),
+    sizes=st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6)),
+    optional=st.tuples(*[st.tuples(*[st.booleans()] * 4)] * 3),
 )
 def test_reconstruct_equals_the_formula_weight_by_weight(seed, rows, sizes, optional):
     generator = torch.Generator().manual_seed(seed)
@@ -229,9 +243,7 @@ def test_reconstruct_equals_the_formula_weight_by_weight(seed, rows, sizes, opti
             generator,
             **dict(zip(("zero", "mean", "row", "col"), chosen, strict=True)),
         )
-        for columns, width, chosen in zip(
-            order.split(sizes), (ONE_BIT, FOUR_BIT), (optional[:4], optional[4:]), strict=True
-        )
+        for columns, width, chosen in zip(order.split(sizes), CODE_WIDTHS.values(), optional, strict=True)
     )
     dense = reconstruct(QuantizedWeight(groups))
     assert dense.shape == (rows, sum(sizes))
@@ -312,8 +324,73 @@ def test_half_precision_weights_are_quantized_in_float32():
     assert low.equal(full)
 
 
-def test_levels_of_every_width_fit_int8():
-    for name, width in CODE_WIDTHS.items():
-        assert name == width.name
-        assert width.lowest >= -128
-        assert width.lowest + width.step * (width.count - 1) <= 127
+# The code widths
+
+
+def levels_of(width):
+    return [width.lowest + width.step * digit for digit in range(width.count)]
+
+
+def test_levels_by_hand():
+    assert {name: levels_of(width) for name, width in CODE_WIDTHS.items()} == {
+        "1bit": [-1, 1],
+        "ternary": [-1, 0, 1],
+        "4bit": [-15, -13, -11, -9, -7, -5, -3, -1, 1, 3, 5, 7, 9, 11, 13, 15],
+    }
+    assert (ONE_BIT.name, TERNARY.name, FOUR_BIT.name) == tuple(CODE_WIDTHS)
+
+
+BY_WIDTH = pytest.mark.parametrize("width", CODE_WIDTHS.values(), ids=lambda width: width.name)
+
+
+@BY_WIDTH
+def test_levels_need_no_zero_and_fit_int8(width):
+    levels = levels_of(width)
+    assert levels == [-level for level in reversed(levels)], "a group without a zero is symmetric"
+    assert torch.tensor(levels, dtype=torch.int8).tolist() == levels
+
+
+@pytest.mark.parametrize(
+    ("width", "values", "expected"),
+    [
+        (ONE_BIT, [-0.3, 0.3, -1.0, 1.0], [-1, 1, -1, 1]),
+        (ONE_BIT, [0.0, -0.0], [1, 1]),  # ties
+        (TERNARY, [-0.51, -0.49, 0.0, 0.49, 0.51], [-1, 0, 0, 0, 1]),
+        (TERNARY, [-0.5, 0.5], [-1, 1]),  # ties go to the even digit: 0 and 2
+        (FOUR_BIT, [-0.1, 0.1, 1.9, 2.1, -13.9, 7.0], [-1, 1, 1, 3, -13, 7]),
+        (FOUR_BIT, [-14.0, -12.0, 0.0, 2.0, 14.0], [-15, -11, 1, 1, 13]),  # ties: digits 0, 2, 8, 8, 14
+    ],
+)
+def test_nearest_level_by_hand(width, values, expected):
+    assert nearest_level(torch.tensor([values]), width).tolist() == [expected]
+
+
+@BY_WIDTH
+def test_nearest_level_clamps(width):
+    highest = width.lowest + width.step * (width.count - 1)
+    values = torch.tensor([[-torch.inf, -1e30, width.lowest - 0.75, highest + 0.75, 1e30, torch.inf]])
+    assert nearest_level(values, width).tolist() == [[width.lowest] * 3 + [highest] * 3]
+
+
+@BY_WIDTH
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_nearest_level_keeps_dtype_shape_and_every_level(width, dtype):
+    levels = torch.tensor(levels_of(width), dtype=dtype).expand(2, -1)
+    result = nearest_level(levels, width)
+    assert result.dtype == dtype
+    assert result.equal(levels)
+
+
+@BY_WIDTH
+@given(
+    values=st.lists(st.one_of(st.floats(-20, 20), st.integers(-80, 80).map(lambda n: n / 4)), min_size=1, max_size=20)
+)
+def test_nearest_level_is_the_argmin_over_the_levels(width, values):
+    values = torch.tensor([values], dtype=torch.float64)
+    original = values.clone()
+    found = nearest_level(values, width)
+    assert values.equal(original), "the argument is left alone"
+    distances = (values[..., None] - torch.tensor(levels_of(width), dtype=torch.float64)).abs()
+    assert set(found.flatten().tolist()) <= set(levels_of(width))
+    # A value within rounding of a tie may go to either side.
+    assert ((values - found).abs() <= distances.amin(-1) + 1e-12).all()

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from packed import write_packed
+from test_packing import mixed_layout
 
 from ptq161.binarize import CODE_WIDTHS, CodeWidth, ColumnGroup, QuantizedWeight, reconstruct
 from ptq161.budget import paper_layout
 from ptq161.folder import tensor_checksum
 from ptq161.layout import ModelLayout, PackedLinearSpec
-from ptq161.packing import FORMAT_VERSION, codes_per_byte, pack, pack_codes, unpack
+from ptq161.packing import FORMAT_VERSION, LinearLayout, codes_per_byte, pack, pack_codes, unpack
 
 PAGE = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
 
@@ -48,7 +49,7 @@ def example():
             zero=row(page["zero"][g]),
             col=None if page["col"][g] is None else torch.tensor(page["col"][g])[None],
         )
-        for g in (0, 1)
+        for g in (0, 1, 2)
     ]
     return QuantizedWeight(tuple(groups))
 
@@ -62,7 +63,7 @@ def test_example_packs_to_the_tensors_on_the_page(example):
     packed, page = pack(example), block("tensors")
     assert list(packed.tensors) == list(page)
     assert {name: tensor.tolist() for name, tensor in packed.tensors.items()} == page
-    assert len(page) == 8
+    assert len(page) == 10
 
 
 def test_example_reads_back_as_the_weight_on_the_page(example):
@@ -77,7 +78,7 @@ def test_arithmetic_in_the_text():
         if re.search(r"[-+x]", left):
             assert eval(left.replace("x", "*")) == float(right), equation
             checked += 1
-    assert checked >= 7
+    assert checked >= 12
 
 
 def test_tensor_table_names_every_kind_of_tensor_with_its_dtype(example):
@@ -93,34 +94,64 @@ def test_width_table_is_the_code_table():
     assert rows == [[w.name, w.count, w.lowest, w.step, codes_per_byte(w.count)] for w in CODE_WIDTHS.values()]
 
 
-def test_hypothetical_widths_pack_as_the_page_says():
-    found = re.findall(
-        r"`(CodeWidth\([^`]*\))`, (\w+)\s+codes a byte: levels ([-\d, ]+) become the bytes ([\d, ]+\d)", PAGE
+def packed_bytes(levels, width):
+    """The bytes of levels written as on the page."""
+    return pack_codes(torch.tensor([int(level) for level in levels.split(",")]), width).tolist()
+
+
+def test_ternary_levels_pack_as_the_page_says():
+    levels, expected = re.search(r"ternary levels ([-\d, ]+) are .*?a byte: [^.]*? = (\d+)", PAGE, re.DOTALL).groups()
+    assert packed_bytes(levels, CODE_WIDTHS["ternary"]) == [int(expected)]
+
+
+def test_hypothetical_width_packs_as_the_page_says():
+    [(code, per_byte, levels, expected)] = re.findall(
+        r"`(CodeWidth\([^`]*\))`, (\w+)\s+codes\s+a byte: levels ([-\d, ]+) become the bytes ([\d, ]+\d)", PAGE
     )
-    assert len(found) == 2
-    for code, per_byte, levels, expected in found:
-        width = eval(code, {"CodeWidth": CodeWidth})
-        assert {"four": 4, "five": 5}[per_byte] == codes_per_byte(width.count)
-        packed = pack_codes(torch.tensor([int(level) for level in levels.split(",")]), width)
-        assert packed.tolist() == [int(byte) for byte in expected.split(",")]
+    width = eval(code, {"CodeWidth": CodeWidth})
+    assert {"four": 4, "five": 5}[per_byte] == codes_per_byte(width.count)
+    assert packed_bytes(levels, width) == [int(byte) for byte in expected.split(",")]
+
+
+def model_of(layout: LinearLayout):
+    return ModelLayout({"linear": PackedLinearSpec(layout)})
 
 
 def test_sizes_of_the_big_linear():
     rows, cols, salient = map(int, re.search(r"A (\d+) x (\d+) linear with (\d+) salient", PAGE).groups())
-    layout = ModelLayout({"linear": PackedLinearSpec(paper_layout(rows, cols, salient, row_mean=True))})
-    assert {part: int(size) for part, size in table("part | bytes")} == layout.parts()
-    assert f"That is {layout.bits_per_weight:.4f} bits per weight" in PAGE
-    assert f"{layout.paper_bits:.4f} for the same linear" in PAGE
+    groups = re.search(r"three groups have (\d+), (\d+) and (\d+) channels", PAGE).groups()
+    paper = model_of(paper_layout(rows, cols, salient, row_mean=True))
+    mixed = model_of(mixed_layout(rows, *map(int, groups)))
+    assert mixed.quantized_weights == paper.quantized_weights == rows * cols
+    assert {part: [int(first), int(second)] for part, first, second in table("part | paper, bytes | mixed, bytes")} == {
+        part: [size, mixed.parts()[part]] for part, size in paper.parts().items()
+    }
+    assert f"That is {paper.bits_per_weight:.4f} and {mixed.bits_per_weight:.4f} bits per weight" in PAGE
+    assert f"{paper.paper_bits:.4f} for the first linear" in PAGE and mixed.paper_bits is None
+
+
+def size_by_the_page(sentence, **values):
+    """The formula in the block after a sentence, computed."""
+    formula = PAGE.partition(f"{sentence}\n\n")[2].partition("\n\n")[0]
+    terms = " ".join(re.sub(r"\s{4,}[a-z].*$", "", line.strip()) for line in formula.splitlines())
+    return eval(terms, {"ceil": lambda x: -int(-x // 1)} | values)
 
 
 @pytest.mark.parametrize("rows", [2, 7, 4096])
 @pytest.mark.parametrize(("binarized", "salient"), [(3, 2), (8, 1), (3285, 811)])
-def test_size_formula(rows, binarized, salient):
-    formula = PAGE.partition("two groups with `b` binarized and `s` salient channels takes\n\n")[2].partition("\n\n")[0]
-    terms = " ".join(re.sub(r"\s{4,}[a-z].*$", "", line.strip()) for line in formula.splitlines())
-    size = eval(terms, {"ceil": lambda x: -int(-x // 1), "rows": rows, "b": binarized, "s": salient})
+def test_size_formula_of_the_papers_layer(rows, binarized, salient):
+    size = size_by_the_page("with `b` binarized and `s` salient channels takes", rows=rows, b=binarized, s=salient)
     specs = paper_layout(rows, binarized + salient, salient, row_mean=True).specs()
     assert size == sum(spec.nbytes for spec in specs.values())
+
+
+@pytest.mark.parametrize("rows", [2, 7, 4096])
+@pytest.mark.parametrize(("binarized", "ternary", "salient"), [(3, 2, 2), (8, 5, 1), (9, 6, 3), (1272, 2620, 204)])
+def test_size_formula_of_the_mixed_layer(rows, binarized, ternary, salient):
+    size = size_by_the_page(
+        "`b` binarized, `t` ternary and `s` 4-bit channels takes", rows=rows, b=binarized, t=ternary, s=salient
+    )
+    assert size == sum(spec.nbytes for spec in mixed_layout(rows, binarized, ternary, salient).specs().values())
 
 
 def test_config_fields(tmp_path):

@@ -22,6 +22,7 @@ from ptq161 import hf
 from ptq161.errors import CheckpointError, InputError
 from ptq161.layout import ModelLayout
 from ptq161.linear import PackedLinear
+from ptq161.packing import FORMAT_VERSION
 from ptq161.verify import verify
 
 TOKENS = torch.arange(3, 15)[None]
@@ -218,7 +219,7 @@ def test_config_carries_the_layout_and_drops_the_sources_format(tmp_path):
     quantization = config_of(tmp_path)["quantization_config"]
     assert "gguf" not in (tmp_path / "config.json").read_text()
     assert ModelLayout.from_dict(quantization) == layout
-    assert quantization["quant_method"] == "ptq161" and quantization["format_version"] == 1
+    assert quantization["quant_method"] == "ptq161" and quantization["format_version"] == FORMAT_VERSION
     assert quantization["bits_per_weight"] == layout.bits_per_weight
     assert quantization["ptq161_version"] == ptq161.__version__
     assert quantization["provenance"] == {"recipe": "test"}
@@ -374,8 +375,8 @@ def test_paths_that_are_no_packed_checkpoint(llama_folder, tmp_path):
 
 @pytest.mark.parametrize("loader", [hf.load, AutoModelForCausalLM.from_pretrained])
 def test_another_format_version(folder, loader):
-    reconfigure(folder, lambda quantization: quantization.update(format_version=2))
-    with pytest.raises(CheckpointError, match="format version is 2, this ptq161 reads version 1"):
+    reconfigure(folder, lambda quantization: quantization.update(format_version=1))
+    with pytest.raises(CheckpointError, match=f"format version is 1, this ptq161 reads version {FORMAT_VERSION}"):
         loader(folder)
 
 

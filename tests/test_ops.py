@@ -3,6 +3,7 @@
 import pytest
 import torch
 from packed import random_weight
+from test_binarize import random_mixed
 from torch.nn import functional
 
 from ptq161.binarize import CODE_WIDTHS, reconstruct
@@ -11,14 +12,21 @@ from ptq161.kernels import has_fast_kernel, linear
 from ptq161.kernels.ops import arguments, packed_weight
 from ptq161.packing import pack, unpack
 
-# rows, cols, salient columns, row mean: one group of either kind, one row, one column, sizes off any multiple of 8
-SHAPES = [(6, 11, 3, True), (1, 17, 4, True), (5, 8, 0, False), (3, 7, 7, True), (1, 1, 0, True), (33, 64, 13, True)]
+# rows, cols, salient columns, row mean: one group of either kind, one row, one column, sizes off any multiple of 8;
+# or rows, cols, the sizes of the three mixed groups
+MIXED = (7, 24, (9, 12, 3))
+SHAPES = [
+    *[(6, 11, 3, True), (1, 17, 4, True), (5, 8, 0, False), (3, 7, 7, True)],
+    *[MIXED, (1, 1, 0, True), (33, 64, 13, True)],
+]
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
 def packed_of(shape):
-    rows, cols, salient, row_mean = shape
-    return pack(random_weight(rows, cols, salient, row_mean))
+    if shape is MIXED:
+        rows, _, sizes = shape
+        return pack(random_mixed(rows, sizes, seed=0))
+    return pack(random_weight(*shape))
 
 
 def inputs(shape, batch=(2, 3), dtype=torch.float32):
@@ -67,7 +75,7 @@ def test_result_keeps_the_inputs_dtype_under_autocast():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
 def test_opcheck(shape, dtype):
     packed = packed_of(shape)
     x, bias = inputs(shape, dtype=dtype)

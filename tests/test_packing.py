@@ -4,13 +4,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_binarize import random_group, random_quantized, random_weight
+from test_binarize import random_group, random_mixed, random_quantized, random_weight
 
 from ptq161 import packing
 from ptq161.binarize import (
     CODE_WIDTHS,
     FOUR_BIT,
     ONE_BIT,
+    TERNARY,
     CodeWidth,
     QuantizedWeight,
     as_stored,
@@ -35,9 +36,9 @@ from ptq161.packing import (
     unpack_codes,
 )
 
-TERNARY = CodeWidth("ternary", count=3, lowest=-1, step=1)
 TWO_BIT = CodeWidth("2bit", count=4, lowest=-3, step=2)
-WIDTHS = [ONE_BIT, FOUR_BIT, TERNARY, TWO_BIT, CodeWidth("3bit", count=8, lowest=0, step=1)]
+SIX_LEVELS = CodeWidth("6level", count=6, lowest=-5, step=2)  # three codes a byte, not all bytes taken
+WIDTHS = [*CODE_WIDTHS.values(), TWO_BIT, SIX_LEVELS, CodeWidth("3bit", count=8, lowest=0, step=1)]
 BY_NAME = pytest.mark.parametrize("width", WIDTHS, ids=lambda width: width.name)
 
 
@@ -91,7 +92,8 @@ def test_codes_of_any_width_and_size_come_back(width, shape, seed):
     [
         (ONE_BIT, [1, -1, -1, 1], [0b1001]),
         (ONE_BIT, [-1] * 8 + [1], [0, 1]),
-        (FOUR_BIT, [3, 10, 7], [3 + 16 * 10, 7]),
+        (FOUR_BIT, [-9, 5, -1], [3 + 16 * 10, 7]),  # digits 3, 10, 7
+        (FOUR_BIT, [-15, 15], [0 + 16 * 15]),
         (TERNARY, [-1, 0, 1, 1, -1, 1], [0 + 3 * 1 + 9 * 2 + 27 * 2 + 81 * 0, 2]),
         (TWO_BIT, [-3, -1, 1, 3], [0 + 4 * 1 + 16 * 2 + 64 * 3]),
     ],
@@ -123,6 +125,38 @@ def test_stored_tensors_of_the_papers_layer_by_hand():
     }
 
 
+def mixed_layout(rows, binarized, ternary, salient):
+    """Three groups with one row scale each and nothing else."""
+    sizes = {"1bit": binarized, "ternary": ternary, "4bit": salient}
+    groups = (GroupLayout(width, cols, zero=False, mean=False, col=False) for width, cols in sizes.items())
+    return LinearLayout(rows, tuple(groups))
+
+
+def test_stored_tensors_of_a_mixed_layer_by_hand():
+    """rows 10, cols 24: 9 signs are 2 bytes a row, 12 ternary codes 3, 3 nibbles 2; 24 types of 2 bits are 6 bytes."""
+    specs = mixed_layout(10, 9, 12, 3).specs()
+    assert {name: (spec.shape, spec.dtype, spec.part, spec.nbytes) for name, spec in specs.items()} == {
+        "weight": ((10, 2), torch.uint8, "codes_1bit", 20),
+        "scale_0": ((10,), torch.float16, "scales", 20),
+        "weight_1": ((10, 3), torch.uint8, "codes_ternary", 30),
+        "scale_1": ((10,), torch.float16, "scales", 20),
+        "weight_2": ((10, 2), torch.uint8, "codes_4bit", 20),
+        "scale_2": ((10,), torch.float16, "scales", 20),
+        "column_types": ((6,), torch.uint8, "columns", 6),
+    }
+
+
+@given(rows=st.integers(1, 9), sizes=st.tuples(*[st.integers(1, 12)] * 3), seed=st.integers(0, 1000))
+def test_mixed_weights_come_back(rows, sizes, seed):
+    weight = random_mixed(rows, sizes, seed)
+    packed = pack(weight)
+    assert packed.layout == mixed_layout(rows, *sizes)
+    assert list(packed.tensors) == list(packed.layout.specs())
+    assert_same(pack(unpack(packed)), packed)
+    assert reconstruct(unpack(packed)).equal(reconstruct(as_stored(weight)))
+    assert list(problems(packed.layout, packed.tensors)) == []
+
+
 @given(rows=st.integers(1, 12), cols=st.integers(1, 30), data=st.data())
 def test_layout_sizes_are_the_real_tensors(rows, cols, data):
     packed = packed_example(rows, cols, data.draw(st.integers(0, cols)))
@@ -142,29 +176,37 @@ def test_layout_of_one_group_has_no_column_types():
 
 def test_new_widths_are_only_table_rows(monkeypatch):
     """Three groups, two of widths that the package does not have, and nothing else changed."""
-    monkeypatch.setattr(packing, "CODE_WIDTHS", CODE_WIDTHS | {"ternary": TERNARY, "2bit": TWO_BIT})
+    monkeypatch.setattr(packing, "CODE_WIDTHS", CODE_WIDTHS | {"6level": SIX_LEVELS, "2bit": TWO_BIT})
     generator = torch.Generator().manual_seed(0)
     parts = torch.randperm(29, generator=generator).split([4, 12, 13])
     weight = QuantizedWeight(
         (
             random_group(parts[0].sort().values, 7, FOUR_BIT, generator, zero=True, dtype=torch.float32),
-            random_group(parts[1].sort().values, 7, TERNARY, generator, mean=True, row=True, dtype=torch.float32),
+            random_group(parts[1].sort().values, 7, SIX_LEVELS, generator, mean=True, row=True, dtype=torch.float32),
             random_group(parts[2].sort().values, 7, TWO_BIT, generator, zero=True, col=True, dtype=torch.float32),
         )
     )
     packed = pack(weight)
     specs = packed.layout.specs()
-    assert specs["weight_1"].shape == (7, 3)
+    assert specs["weight_1"].shape == (7, 4)
     assert specs["weight_2"].shape == (7, 4)
     assert specs["column_types"].shape == (8,)  # 29 channels of 2 bits
     assert_same(pack(unpack(packed)), packed)
     assert reconstruct(unpack(packed)).equal(reconstruct(as_stored(weight)))
     assert list(problems(packed.layout, packed.tensors)) == []
-    packed.tensors["weight_1"][3, 1] = 243
-    assert list(problems(packed.layout, packed.tensors)) == [("weight_1", "has a byte that is no ternary code")]
+    packed.tensors["weight_1"][3, 1] = 216
+    assert list(problems(packed.layout, packed.tensors)) == [("weight_1", "has a byte that is no 6level code")]
 
 
 # Damage
+
+
+def test_a_byte_that_is_no_ternary_code_is_found():
+    packed = pack(random_mixed(7, (3, 12, 2), seed=0))
+    packed.tensors["weight_1"][3, 1] = 242  # 22222 in base 3, the largest code
+    assert list(problems(packed.layout, packed.tensors)) == []
+    packed.tensors["weight_1"][3, 1] = 243
+    assert list(problems(packed.layout, packed.tensors)) == [("weight_1", "has a byte that is no ternary code")]
 
 
 def damaged(change):

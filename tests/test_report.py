@@ -134,8 +134,8 @@ def test_bits_bar_adds_up_to_the_bits_per_weight() -> None:
 
 
 def test_a_part_that_nobody_named_is_drawn_under_its_own_name() -> None:
-    figure = bits_figure({"codes_ternary": 100}, 400, page.WIDE_INCHES)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ternary codes"]
+    figure = bits_figure({"codes_2bit": 100}, 400, page.WIDE_INCHES)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["2bit codes"]
 
 
 @pytest.mark.parametrize("width", WIDTHS)

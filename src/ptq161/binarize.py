@@ -152,9 +152,9 @@ def salient_group(
 def nearest_level(values: Float[Tensor, "rows gcols"], width: CodeWidth) -> Float[Tensor, "rows gcols"]:
     """The level of `width` nearest to each value, in the values' dtype. Zero between two signs becomes +1."""
     if width.count == 2:  # round() would send 0.5, halfway between the digits, to the even one
-        return torch.where(values >= 0, 1.0, -1.0).to(values.dtype)
-    digits = ((values - width.lowest) / width.step).round().clamp(0, width.count - 1)
-    return digits * width.step + width.lowest
+        return torch.copysign(torch.ones((), dtype=values.dtype, device=values.device), values + 0.0)
+    digits = (values - width.lowest).div_(width.step).round_().clamp_(0, width.count - 1)
+    return digits.mul_(width.step).add_(width.lowest)
 
 
 def reconstruct(weight: QuantizedWeight) -> Float[Tensor, "rows cols"]:

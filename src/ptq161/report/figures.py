@@ -35,6 +35,7 @@ COLOURS: dict[str, tuple[str, str]] = {
 }
 PARTS = {
     "codes_1bit": ("signs, 1 bit each", "sign"),
+    "codes_ternary": ("ternary codes, 1.6 bits each", "third"),
     "codes_4bit": ("4-bit codes", "salient"),
     "scales": ("row and column factors", "scales"),
     "columns": ("mask of salient channels", "columns"),
