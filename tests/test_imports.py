@@ -20,11 +20,16 @@ ALLOWED = {
     "packing": "binarize",
     "layout": "packing binarize",
     "budget": "layout packing binarize config",
+    "latent": "binarize",
+    "mixed": "latent binarize",
+    "allocation": "budget layout packing binarize config",
+    "sensitivity": "mixed binarize budget",
     "blocks": "",
     "discovery": "blocks budget",
-    "fit": "blocks binarize config machine",
-    "methods": "fit blocks binarize config",  # never linear, never kernels
-    "walk": "methods fit discovery blocks budget layout packing config",
+    "fit": "latent blocks binarize config machine",
+    "methods": "fit mixed latent blocks binarize config",  # never linear, never kernels
+    "walk": "methods fit latent sensitivity allocation discovery blocks budget layout packing binarize config",
+    "distill": "fit latent config",
     # running packed models
     "kernels": "packing binarize",
     "linear": "kernels layout packing binarize",
@@ -34,7 +39,7 @@ ALLOWED = {
     "verify": "folder layout packing",
     "saving": "contents folder layout packing",
     "hf": "saving verify folder linear kernels layout packing machine config",
-    "checkpoint": "blocks",
+    "checkpoint": "blocks latent layout binarize",
     # text and models from outside
     "hub": "",
     "selftext": "",
@@ -43,8 +48,8 @@ ALLOWED = {
     # commands
     "evaluate": "data",
     "generation": "data",
-    "inspection": "sources hf saving contents folder discovery blocks budget layout packing config",
-    "pipeline": "walk methods blocks checkpoint hf folder inspection sources data layout config machine",
+    "inspection": "sources hf saving contents folder discovery blocks allocation layout packing config",
+    "pipeline": "walk distill methods blocks checkpoint hf folder inspection sources data layout config machine",
     "report": "",
     "arguments": "config",
     "terminal": "walk machine",

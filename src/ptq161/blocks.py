@@ -49,18 +49,20 @@ class InputStats:
 
     absmax: Float[Tensor, " cols"]
     abs_sum: Float[Tensor, " cols"]
+    square_sum: Float[Tensor, " cols"]
     tokens: int = 0
 
     @classmethod
     def empty(cls, cols: int, device: torch.device) -> "InputStats":
         """Statistics of no tokens at all."""
-        return cls(torch.zeros(cols, device=device), torch.zeros(cols, device=device))
+        return cls(*torch.zeros(3, cols, device=device))
 
     def update(self, inputs: Float[Tensor, "*batch cols"]) -> None:
         """Take in the inputs of one call."""
         magnitude = inputs.detach().float().abs().flatten(0, -2)
         self.absmax = torch.maximum(self.absmax, magnitude.amax(dim=0))
         self.abs_sum += magnitude.sum(dim=0)
+        self.square_sum += magnitude.square().sum(dim=0)
         self.tokens += magnitude.shape[0]
 
 
@@ -74,6 +76,7 @@ class BlockTask:
     full_out: the original block on the full-precision stream, F(X, W).
     local_out: the original block on the quantized stream, F(X_q, W).
     stats: input statistics of each linear over the full-precision stream.
+    widths: linear -> code width and number of channels of each of its column groups, as the budget has it.
     """
 
     index: int
@@ -85,7 +88,7 @@ class BlockTask:
     local_out: Float[Tensor, "samples seq hidden"]
     call: BlockCall
     stats: dict[str, InputStats]
-    salient_ratio: float
+    widths: dict[str, tuple[tuple[str, int], ...]]
 
     def sample(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """(quantized_in, full_out, local_out) of one sample, each (1, seq, hidden), on the block's device."""

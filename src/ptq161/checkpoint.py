@@ -13,12 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ptq161.binarize import CODE_WIDTHS
 from ptq161.blocks import Streams
 from ptq161.errors import InputError
+from ptq161.latent import LatentWeight
+from ptq161.layout import ModelLayout
 
 
 class WorkFolder:
@@ -79,6 +83,41 @@ class WorkFolder:
         write_atomically(self._block(index), lambda path: save_file(dict(packed), path))
         write_atomically(self._record(index), lambda path: path.write_text(json.dumps(record)))
 
+    def save_latents(self, index: int, latents: Mapping[str, LatentWeight]) -> None:
+        """Keep what one finished block's codes were rounded from, for tuning the whole model afterwards."""
+        tensors = {}
+        for name, weight in latents.items():
+            tensors[f"{name}.columns"] = weight.columns.cpu()
+            tensors[f"{name}.latent"] = weight.latent.detach().cpu()
+            tensors[f"{name}.scale"] = (weight.base * weight.gain).detach().cpu()
+        write_atomically(self._latents(index), lambda path: save_file(tensors, path))
+
+    def load_latents(self, layout: ModelLayout, first: int, last: int) -> dict[str, LatentWeight]:
+        """The latents of the finished blocks first..last-1, by full name."""
+        tensors: dict[str, Tensor] = {}
+        for index in range(first, last):
+            tensors |= load_file(self._latents(index))
+        return {
+            name: LatentWeight(
+                columns=tensors[f"{name}.columns"],
+                widths=tuple(CODE_WIDTHS[group.width] for group in spec.layout.groups),
+                sizes=tuple(group.cols for group in spec.layout.groups),
+                latent=tensors[f"{name}.latent"].clone().requires_grad_(),
+                base=tensors[f"{name}.scale"],
+                gain=torch.ones_like(tensors[f"{name}.scale"]).requires_grad_(),
+            )
+            for name, spec in layout.linears.items()
+        }
+
+    def save_distillation(self, state: Mapping[str, Tensor]) -> None:
+        """Keep the state of tuning the whole model; from now on a continued run starts there."""
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        write_atomically(self._distillation, lambda path: save_file(contiguous, path))
+
+    def load_distillation(self) -> dict[str, Tensor] | None:
+        """The state of interrupted tuning, or None if it has not begun."""
+        return load_file(self._distillation) if self._distillation.exists() else None
+
     def save_streams(self, streams: Streams) -> None:
         """Keep the streams into the next block; from now on a continued run starts there."""
         tensors = {"full": streams.full.contiguous(), "quantized": streams.quantized.contiguous()}
@@ -116,6 +155,13 @@ class WorkFolder:
 
     def _record(self, index: int) -> Path:
         return self.path / f"block-{index:05}.json"
+
+    def _latents(self, index: int) -> Path:
+        return self.path / f"latents-{index:05}.safetensors"
+
+    @property
+    def _distillation(self) -> Path:
+        return self.path / "distillation.safetensors"
 
     @property
     def _job(self) -> Path:

@@ -36,6 +36,22 @@ class Magnitude(enum.StrEnum):
 
     MSE = "mse"  # published code: mean squared error
     L2 = "l2"  # the paper's formula: the L2 norm, here per token and averaged
+    RELATIVE = "relative"  # squared error over squared norm, per token: no token outweighs the others
+
+
+class Allocation(enum.StrEnum):
+    """What decides how many channels of each linear get 1 bit, a ternary digit or 4 bits (method `mixed`)."""
+
+    FISHER = "fisher"  # expected change of the predictions: one backward pass of the whole model per sample
+    UNIFORM = "uniform"  # the same shares everywhere: needs no pass, and no model in memory
+
+
+class Distill(enum.StrEnum):
+    """Whether the whole model is tuned against its original once all blocks are quantized."""
+
+    OFF = "off"
+    AUTO = "auto"  # if its predicted peak fits the memory at hand; otherwise run.json and one line say that it did not
+    REQUIRED = "required"  # an error if it does not fit
 
 
 class Compute(enum.StrEnum):
@@ -74,7 +90,7 @@ class _Settings:
 
 @dataclasses.dataclass(frozen=True)
 class QuantConfig(_Settings):
-    """Every number of the method. Defaults are the paper's (sections 3.2, 3.3, 4.1).
+    """Every number of the methods. Defaults are the paper's (sections 3.2, 3.3, 4.1); presets change them.
 
     Where the paper's text and the published code differ, the default is what measured better (docs/algorithm.md).
     """
@@ -82,15 +98,29 @@ class QuantConfig(_Settings):
     method: str = "ptq161"
     bits: float | None = 1.61  # honest bits per weight to stay within; exclusive with salient_ratio
     salient_ratio: float | None = None  # share of the input channels kept at 4 bits
+    # Method `ptq161`, the paper's: what is salient, and how it is binarized.
     statistic: Statistic = Statistic.ABSMEAN
     salient_range: SalientRange = SalientRange.SALIENT
     row_mean: bool = True  # centre each row before taking signs (published code; not in Eq. 9)
+    lr_angular: float = 1e-3  # for the angular factors (alpha_r1, alpha_r2)
+    # Method `mixed`: 1-bit, ternary and 4-bit channels, codes and scales learned together.
+    allocation: Allocation = Allocation.FISHER
+    allocation_samples: int = 8  # calibration samples of the backward passes
+    lr_latent: float = 2e-2  # for the latent weights, in units of their matrix's mean magnitude
+    # Learning of one block, both methods.
     magnitude: Magnitude = Magnitude.MSE
     angular: bool = True  # the negative-log-cosine term of Eq. 5 (ablated in Table 7)
     epochs: int = 20  # 0: keep the initial factors
     batch_size: int = 1
-    lr_scale: float = 5e-4  # for the row scale (alpha_s)
-    lr_angular: float = 1e-3  # for the angular factors (alpha_r1, alpha_r2)
+    lr_scale: float = 5e-4  # for the row scale (alpha_s); `mixed`: in units of the scale itself
+    # Tuning of the whole model after the blocks (method `mixed`).
+    distill: Distill = Distill.OFF
+    distill_tokens: int = 1_000_000  # to learn from, repeats included
+    distill_passes: int = 2  # at most, over a text that has fewer tokens
+    distill_fresh: bool = True  # text of the calibration sources that is no calibration sample; False: the samples
+    distill_batch_size: int = 2  # samples of one step
+    distill_lr_latent: float = 2e-3  # in units of the matrix's mean magnitude
+    distill_lr_scale: float = 7e-4  # for scales, in units of themselves, and for norm weights
     compute: Compute = Compute.AUTO
     seed: int = 0
 
@@ -108,8 +138,10 @@ class QuantConfig(_Settings):
             f"salient_ratio={self.salient_ratio} is out of range: expected 0 to 1, e.g. 0.2",
         )
         _check(self.epochs >= 0, f"epochs={self.epochs} is out of range: expected 0 or more")
-        _check(self.batch_size >= 1, f"batch_size={self.batch_size} is out of range: expected 1 or more")
-        for name in ("lr_scale", "lr_angular"):
+        for name in ("batch_size", "allocation_samples", "distill_tokens", "distill_passes", "distill_batch_size"):
+            value = getattr(self, name)
+            _check(value >= 1, f"{name}={value} is out of range: expected 1 or more")
+        for name in ("lr_scale", "lr_angular", "lr_latent", "distill_lr_latent", "distill_lr_scale"):
             value = getattr(self, name)
             _check(math.isfinite(value) and value >= 0, f"{name}={value} is out of range: expected 0 or more")
 
@@ -138,12 +170,19 @@ class Preset:
     purpose: str
 
 
+_MIXED = QuantConfig(
+    method="mixed", magnitude=Magnitude.RELATIVE, angular=False, epochs=4, lr_scale=5e-3, distill=Distill.OFF
+)
+
 PRESETS: dict[str, Preset] = {
-    "paper": Preset(QuantConfig(), CalibrationConfig(), "the paper's settings: 128 x 2048 tokens, 20 epochs"),
-    "fast": Preset(
-        QuantConfig(epochs=4),
+    "best": Preset(
+        dataclasses.replace(_MIXED, distill=Distill.AUTO),
         CalibrationConfig(samples=32, seqlen=512),
-        "the paper's method at the size of a CPU: 32 x 512 tokens, 4 epochs",
+        "mixed widths, codes learned block by block, then the whole model against its original",
+    ),
+    "fast": Preset(_MIXED, CalibrationConfig(samples=32, seqlen=512), "the same without the last step: minutes"),
+    "paper": Preset(
+        QuantConfig(), CalibrationConfig(), "the paper's method and settings: 128 x 2048 tokens, 20 epochs"
     ),
 }
 

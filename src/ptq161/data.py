@@ -124,6 +124,19 @@ def calibration_tokens(
 
     Raises InputError for a source that cannot be used or is too short, and for tokens the model does not have.
     """
+    return calibration_and_fresh_tokens(calibration, 0, tokenizer, model)[0]
+
+
+def calibration_and_fresh_tokens(
+    calibration: CalibrationConfig,
+    fresh: int,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel | None = None,
+) -> tuple[Int64[Tensor, "samples seq"], Int64[Tensor, "fresh seq"]]:
+    """`calibration_tokens`, and up to `fresh` more windows of the same sources that are none of them, shuffled.
+
+    Every source gives an equal share of the fresh windows, or as many as it has left. Raises InputError.
+    """
     sources = [parse_source(source) for source in calibration.sources]
     samples, seqlen = calibration.samples, calibration.seqlen
     if samples < len(sources):
@@ -131,26 +144,27 @@ def calibration_tokens(
     if model is not None:
         check_length(model, seqlen)
     generator = torch.Generator().manual_seed(calibration.seed)
-    share, left = divmod(samples, len(sources))
-    parts = []
-    for index, source in enumerate(sources):
-        count = share + (index < left)
+    parts, more = [], []
+    for source, count, extra in zip(sources, _shares(samples, sources), _shares(fresh, sources), strict=True):
         if source.name == SELF:
             if model is None:
                 raise InputError("source 'self' is sampled from the model, and none was given: name a file instead")
-            parts.append(sample_from_model(model, tokenizer.bos_token_id, count, seqlen, generator))
+            windows = sample_from_model(model, tokenizer.bos_token_id, count + extra, seqlen, generator)
         else:
             tokens = _tokenize(read_text(source, Split.CALIBRATION), tokenizer)
-            parts.append(_draw_windows(tokens, count, seqlen, generator, source.name))
-    drawn = torch.cat(parts)
+            windows = _draw_windows(tokens, count, extra, seqlen, generator, source.name)
+        parts.append(windows[:count])
+        more.append(windows[count:])
+    drawn, left = torch.cat(parts), torch.cat(more)
     if model is not None:
         check_vocabulary(drawn, model)
-    return drawn
+        check_vocabulary(left, model)
+    return drawn, left[torch.randperm(len(left), generator=generator)]
 
 
 def check_vocabulary(tokens: Int64[Tensor, "..."], model: PreTrainedModel) -> None:
     """Raises InputError if a token id is beyond the model's input embedding."""
-    size, highest = vocabulary_size(model), int(tokens.max())
+    size, highest = vocabulary_size(model), int(tokens.max()) if tokens.numel() else 0
     if highest >= size:
         raise InputError(
             f"token id {highest} is beyond the model's vocabulary of {size}: its tokenizer belongs to another model"
@@ -171,9 +185,16 @@ def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, " 
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
+def _shares(count: int, sources: Sequence[Source]) -> list[int]:
+    """`count` divided among the sources; the first ones get what does not divide."""
+    share, left = divmod(count, len(sources))
+    return [share + (index < left) for index in range(len(sources))]
+
+
 def _draw_windows(
-    tokens: Int64[Tensor, " tokens"], samples: int, seqlen: int, generator: torch.Generator, name: str
+    tokens: Int64[Tensor, " tokens"], samples: int, extra: int, seqlen: int, generator: torch.Generator, name: str
 ) -> Int64[Tensor, "samples seq"]:
+    """`samples` windows, and up to `extra` more after them. Raises InputError if `samples` do not fit."""
     fitting = len(tokens) // seqlen
     if fitting < samples:
         raise InputError(
@@ -181,7 +202,7 @@ def _draw_windows(
             f"would fit: give a longer text, fewer --samples or a smaller --seqlen"
         )
     windows = tokens[: fitting * seqlen].view(fitting, seqlen)
-    return windows[torch.randperm(fitting, generator=generator)[:samples]]
+    return windows[torch.randperm(fitting, generator=generator)[: samples + extra]]
 
 
 def _position(bound: str, count: int) -> int:

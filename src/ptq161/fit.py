@@ -1,10 +1,12 @@
-"""Block-wise learning of the scaling factors (section 3.3): a distance, a two-branch objective, a loop.
+"""Block-wise learning (section 3.3): a distance, a two-branch objective, a loop; what is learned is one of two things.
 
-One decoder block at a time, the signs and 4-bit codes stay fixed while row scales (alpha_s) and angular factors
-(alpha_r1, alpha_r2) of all its linears are learned together, so that the block's output matches the original's.
+One decoder block at a time, all its linears are learned together, so that the block's output matches the original's.
+`fit_block` is the paper's: signs and 4-bit codes stay fixed, row scales (alpha_s) and angular factors (alpha_r1,
+alpha_r2) are learned. `fit_latents` learns codes and row scales together (see `latent`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +18,17 @@ from ptq161.binarize import ColumnGroup, QuantizedWeight, group_values, reconstr
 from ptq161.blocks import BlockTask
 from ptq161.config import Compute, Magnitude, QuantConfig
 from ptq161.errors import NonFiniteError
+from ptq161.latent import LatentWeight
 from ptq161.machine import multiplies_bfloat16
 
 # Below this the negative logarithm of the cosine stops growing; its gradient is then zero and the magnitude term leads.
 SMALLEST_COSINE = 1e-4
+
+# Keeps the relative error of a token whose wanted state is all zeros finite.
+SMALLEST_ENERGY = 1e-6
+
+# Share of its first value at which the cosine schedule of the learning rates ends.
+LAST_RATE = 0.02
 
 OnStep = Callable[[int, int, float], None]  # step, steps, loss of the step
 
@@ -34,7 +43,10 @@ def block_distance(
     would reward pointing the opposite way.)
     """
     error = actual - wanted
-    magnitude = error.square().mean() if config.magnitude is Magnitude.MSE else error.norm(dim=-1).mean()
+    if config.magnitude is Magnitude.RELATIVE:
+        magnitude = (error.square().sum(dim=-1) / (wanted.square().sum(dim=-1) + SMALLEST_ENERGY)).mean()
+    else:
+        magnitude = error.square().mean() if config.magnitude is Magnitude.MSE else error.norm(dim=-1).mean()
     if not config.angular:
         return magnitude
     cosine = nn.functional.cosine_similarity(actual, wanted, dim=-1).mean()
@@ -91,7 +103,74 @@ def fit_block(
     optimizer = torch.optim.AdamW(
         [{"params": scales, "lr": config.lr_scale}, {"params": angular, "lr": config.lr_angular}], weight_decay=0.0
     )
-    device = base[next(iter(base))].device
+
+    def dense() -> dict[str, Tensor]:
+        return {name: _overlay(base[name], learned[name]) for name in base}
+
+    factors = {
+        name: [t for group in groups for t in (group.scale, group.row, group.col) if t is not None]
+        for name, groups in learned.items()
+    }
+    _learn(task, config, dense, optimizer, factors, generator, on_step)
+    return {name: QuantizedWeight(tuple(_result(groups, weights[name]))) for name, groups in learned.items()}
+
+
+def fit_latents(
+    task: BlockTask,
+    latents: Mapping[str, LatentWeight],
+    config: QuantConfig,
+    generator: torch.Generator,
+    on_step: OnStep = lambda step, steps, loss: None,
+) -> None:
+    """Learn codes and row scales of one block together, in place: AdamW, no weight decay, cosine schedule.
+
+    Latents move by up to `config.lr_latent` times the mean magnitude of their matrix in a step, scales by up to
+    `config.lr_scale` times themselves, so that one setting serves models of any scale.
+
+    Raises NonFiniteError naming block, epoch and, if one is to blame, linear.
+    """
+    groups = latent_parameters(latents, config.lr_latent, config.lr_scale)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    device = next(iter(latents.values())).latent.device
+    dtype = torch.bfloat16 if _use_bfloat16(config.compute, device) else torch.float32
+
+    def schedule(step: int, steps: int, loss: float) -> None:
+        share = max(LAST_RATE, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * share
+        on_step(step, steps, loss)
+
+    def dense() -> dict[str, Tensor]:
+        return {name: weight.dense(dtype) for name, weight in latents.items()}
+
+    factors = {name: [weight.latent, weight.gain] for name, weight in latents.items()}
+    _learn(task, config, dense, optimizer, factors, generator, schedule)
+
+
+def latent_parameters(latents: Mapping[str, LatentWeight], lr_latent: float, lr_scale: float) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: latents at a rate relative to their matrix, gains at `lr_scale`."""
+    groups: list[dict[str, Any]] = [
+        {"params": [weight.latent], "lr": lr_latent * weight.latent.detach().abs().mean().item()}
+        for weight in latents.values()
+    ]
+    return [*groups, {"params": [weight.gain for weight in latents.values()], "lr": lr_scale}]
+
+
+def _learn(
+    task: BlockTask,
+    config: QuantConfig,
+    dense: Callable[[], dict[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    factors: Mapping[str, Sequence[Tensor]],
+    generator: torch.Generator,
+    on_step: OnStep,
+) -> None:
+    """`config.epochs` passes over the samples, shuffled anew for each; `dense` gives the weights of the moment.
+
+    `factors`: linear -> what is learned of it, to name the culprit of a loss that is not finite.
+    """
+    device = next(iter(factors.values()))[0].device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=_use_bfloat16(config.compute, device))
     samples = len(task.quantized_in)
     steps = config.epochs * -(-samples // config.batch_size)
@@ -102,17 +181,16 @@ def fit_block(
             batch_loss = 0.0
             for index in batch.tolist():
                 hidden, full_out, local_out = task.sample(index)
-                dense = {name: _overlay(base[name], learned[name]) for name in base}
+                weights = weight_arguments(dense())
                 with autocast:
-                    out = task.call(task.block, hidden, weight_arguments(dense))
+                    out = task.call(task.block, hidden, weights)
                 loss = objective(out.float(), full_out, local_out, config) / len(batch)
                 loss.backward()
                 batch_loss += loss.item()
-            _check_finite(batch_loss, task, learned, epoch, step)
+            _check_finite(batch_loss, task, factors, epoch, step)
             optimizer.step()
             step += 1
             on_step(step, steps, batch_loss)
-    return {name: QuantizedWeight(tuple(_result(groups, weights[name]))) for name, groups in learned.items()}
 
 
 def weight_arguments(dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -154,23 +232,17 @@ def _use_bfloat16(compute: Compute, device: torch.device) -> bool:
     return compute is Compute.BFLOAT16
 
 
-def _check_finite(
-    loss: float, task: BlockTask, learned: Mapping[str, tuple[ColumnGroup, ...]], epoch: int, step: int
-) -> None:
+def _check_finite(loss: float, task: BlockTask, factors: Mapping[str, Sequence[Tensor]], epoch: int, step: int) -> None:
     """Raises NonFiniteError, naming the first linear whose factors are not finite.
 
     Their gradients would tell nothing: with such a loss every one of them is NaN.
     """
-    if torch.tensor(loss).isfinite():
+    if math.isfinite(loss):
         return
-    for name, groups in learned.items():
-        tensors = [t for group in groups for t in (group.scale, group.row, group.col) if t is not None]
-        if not all(t.isfinite().all() for t in tensors):
-            culprit = f"factors of {name}"
-            break
-    else:
-        culprit = "activations, not of any factor"
+    damaged = (name for name, tensors in factors.items() if not all(t.isfinite().all() for t in tensors))
+    name = next(damaged, None)
+    culprit = "activations, not of any factor" if name is None else f"factors of {name}"
     raise NonFiniteError(
         f"loss is {loss} in block {task.index}, epoch {epoch}, step {step}, from the {culprit}; "
-        "lower lr_scale and lr_angular (--set), or use --set compute=float32"
+        "lower the learning rates (--set lr_scale, lr_angular, lr_latent), or use --set compute=float32"
     )

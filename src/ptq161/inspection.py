@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ptq161 import budget
-from ptq161.config import QuantConfig
+from ptq161.allocation import LAYOUTS
+from ptq161.config import QuantConfig, unknown
 from ptq161.contents import StoredTensor, header_bytes, into_shards, read_header, stored_tensors
 from ptq161.discovery import block_linears, config_shapes, decoder_blocks
 from ptq161.errors import CheckpointError, InputError
@@ -29,12 +29,14 @@ SALIENT_WIDTH = "4bit"
 TABLE_13 = {6_476_005_376: ("LLaMA-7B", 1.41e9), 12_687_769_600: ("LLaMA-13B", 2.68e9)}
 
 
-def inspect(path: str | Path, *, bits: float | None = None, salient_ratio: float | None = None) -> dict[str, Any]:
+def inspect(
+    path: str | Path, *, method: str = "ptq161", bits: float | None = None, salient_ratio: float | None = None
+) -> dict[str, Any]:
     """Bits per weight and bytes by part of a packed model, or of what a model would become: `ptq161 inspect --json`.
 
     path: a packed folder, measured from the headers of its files; or a `config.json`, a dense HF folder, a `.gguf` or
     a hub name, predicted from the configuration alone at `bits` (default 1.61) or `salient_ratio`, with the tensors
-    that are not quantized in bfloat16.
+    that are not quantized in bfloat16. method: whose format to predict, a key of LAYOUTS.
 
     Raises InputError for a path that is none of these, CheckpointError for a damaged packed folder, UnsupportedModel.
     """
@@ -44,10 +46,11 @@ def inspect(path: str | Path, *, bits: float | None = None, salient_ratio: float
         return _measured(Path(path))
     if bits is None and salient_ratio is None:
         bits = QuantConfig.bits
+    if method not in LAYOUTS:
+        raise InputError(unknown("method", method, LAYOUTS))
     settings, config = QuantConfig(bits=bits, salient_ratio=salient_ratio), open_config(path)
     shapes = config_shapes(config)
-    layout = budget.model_layout(shapes, budget.salient_ratio(shapes, settings), settings.row_mean)
-    return predict(_empty_model(config), layout, torch.bfloat16)
+    return predict(_empty_model(config), LAYOUTS[method](shapes, settings, None), torch.bfloat16)
 
 
 def predict(

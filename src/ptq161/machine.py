@@ -26,6 +26,13 @@ def available_memory_bytes() -> int | None:
     return None
 
 
+def free_memory_bytes(device: torch.device) -> int | None:
+    """Memory that can be had on a device, in bytes; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory_bytes()
+
+
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 matrix products run in hardware there (AVX-512 BF16 on a CPU, Ampere or later on a GPU)."""
     if device.type == "cuda":

@@ -10,24 +10,29 @@ from typing import Any
 
 import torch
 import transformers
+from jaxtyping import Int64
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import ptq161
 from ptq161.checkpoint import WorkFolder, check_disk, check_out
-from ptq161.config import CalibrationConfig, QuantConfig, preset_named, unknown
-from ptq161.data import calibration_tokens
+from ptq161.config import CalibrationConfig, Distill, QuantConfig, preset_named, unknown
+from ptq161.data import calibration_and_fresh_tokens
+from ptq161.distill import held_out_count, memory_bytes, student_of, tune
 from ptq161.errors import InputError, Ptq161Error
 from ptq161.folder import tensor_checksum
 from ptq161.hf import save_packed
 from ptq161.inspection import inspect, predict
-from ptq161.machine import peak_rss_bytes, pick_device
+from ptq161.machine import free_memory_bytes, peak_rss_bytes, pick_device
 from ptq161.methods import METHODS
 from ptq161.sources import DenseModel, open_dense
-from ptq161.walk import OnProgress, Prepared, Progress, prepare, walk
+from ptq161.walk import OnProgress, Prepared, Progress, packed_tensors, prepare, walk
 
 __all__ = ["Progress", "plan", "quantize", "settings"]
+
+# Of what `inspect` reports, what `quantize` reports, too.
+SIZES = ("bits_per_weight", "paper_bits", "salient_ratio", "file_bytes", "quantized_weights")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -66,15 +71,17 @@ def quantize(
     check_out(out, overwrite=overwrite)
     source = _source(model, tokenizer)
     save_dtype = _save_dtype(dtype, source.dtype)
-    tokens = calibration_tokens(calibration, source.tokenizer, source.model)
+    tokens, fresh = calibration_and_fresh_tokens(
+        calibration, _fresh_samples(config, calibration), source.tokenizer, source.model
+    )
     identity = _fingerprint(source.model.state_dict())
     prepared = prepare(source.model, tokens, config, blocks, torch_device)
     predicted = predict(source.model, prepared.layout, save_dtype)
-    check_disk(out, predicted["file_bytes"] + _work_bytes(prepared, tokens.shape))
+    check_disk(out, predicted["file_bytes"] + _work_bytes(prepared, tokens.shape, config))
     job = {
         "model": identity,
         "config": asdict(config),
-        "calibration": _fingerprint({"tokens": tokens}),
+        "calibration": _fingerprint({"tokens": tokens, "fresh": fresh}),
         "blocks": [prepared.first, prepared.last],
         "dtype": str(save_dtype).removeprefix("torch."),
         "device": torch_device.type,
@@ -86,9 +93,13 @@ def quantize(
         try:
             for block in walk(prepared, tokens, config, torch_device, work.load_streams(), on_progress):
                 work.save_block(block.index, block.packed, block.record)
+                if config.distill is not Distill.OFF:
+                    work.save_latents(block.index, block.latents)
                 work.save_streams(block.streams)
             packed, records = work.load_blocks(prepared.first, prepared.last)
-            run = _run_record(config, calibration, tokens, prepared, records, model)
+            learned = fresh if config.distill_fresh else tokens
+            distillation = _distill(work, prepared, packed, learned, config, torch_device, on_progress)
+            run = _run_record(config, calibration, tokens, prepared, records, distillation, model)
             save_packed(
                 work.result,
                 source.model,
@@ -105,13 +116,58 @@ def quantize(
             ) from error
     sizes = inspect(out)
     return {
-        **{key: sizes[key] for key in ("bits_per_weight", "paper_bits", "file_bytes", "quantized_weights")},
+        **{key: sizes[key] for key in SIZES},
         "dense_linears": prepared.dense_linears,
-        "salient_ratio": prepared.ratio,
         "seconds": time.monotonic() - began,
         "peak_rss_bytes": peak_rss_bytes(),
         "blocks": records,
+        "distillation": distillation,
     }
+
+
+def _distill(
+    work: WorkFolder,
+    prepared: Prepared,
+    packed: dict[str, Tensor],
+    samples: Int64[Tensor, "samples seq"],
+    config: QuantConfig,
+    device: torch.device,
+    on_progress: OnProgress,
+) -> dict[str, Any] | None:
+    """Tune the whole model after its blocks: replaces `packed` and the model's norm weights by what was learned.
+
+    Returns the JSON record; None where it is off, its reason under `skipped` where it does not fit. Raises InputError
+    in that case if it is required.
+    """
+    if config.distill is Distill.OFF:
+        return None
+    model = prepared.model
+    needed = memory_bytes(model, prepared.layout.quantized_weights, samples.shape[1], config)
+    available = free_memory_bytes(device)
+    if available is not None and needed > available:
+        reason = f"needs about {needed / 1e9:.1f} GB more memory, {available / 1e9:.1f} GB are free"
+        if config.distill is Distill.REQUIRED:
+            raise InputError(f"distillation {reason}; finished blocks are kept. Free memory, or --set distill=auto")
+        return {"skipped": reason}
+    began = time.monotonic()
+
+    def on_step(step: int, steps: int, loss: float) -> None:
+        seconds = time.monotonic() - began
+        on_progress(Progress(prepared.last, prepared.first, prepared.last, "distill", step, steps, loss, seconds))
+
+    home = next(model.parameters()).device
+    model.to(device)  # type: ignore[arg-type]
+    latents = {
+        name: w.to(device) for name, w in work.load_latents(prepared.layout, prepared.first, prepared.last).items()
+    }
+    student = student_of(model, latents)
+    record = tune(model, student, samples.to(device), config, work.load_distillation(), on_step, work.save_distillation)
+    model.to(home)  # type: ignore[arg-type]
+    if record["kept"]:
+        packed |= packed_tensors({name: weight.quantized() for name, weight in latents.items()}, prepared.layout)
+        for name, norm in student.norms.items():
+            model.get_parameter(name).data.copy_(norm.detach())
+    return record | {"seconds": time.monotonic() - began}
 
 
 def plan(
@@ -137,18 +193,18 @@ def plan(
     source = _source(model, tokenizer)
     save_dtype = _save_dtype(dtype, source.dtype)
     tokens = torch.zeros(1, min(calibration.seqlen, 8), dtype=torch.int64)
-    prepared = prepare(source.model, tokens, config, blocks, torch_device)
+    prepared = prepare(source.model, tokens, config, blocks, torch_device, calibrated=False)
     predicted = predict(source.model, prepared.layout, save_dtype)
     shape = torch.Size((calibration.samples, calibration.seqlen))
     return {
-        **{key: predicted[key] for key in ("bits_per_weight", "paper_bits", "file_bytes", "quantized_weights")},
+        **{key: predicted[key] for key in SIZES},
         "dense_linears": prepared.dense_linears,
-        "salient_ratio": prepared.ratio,
         "seconds": None,
         "peak_rss_bytes": None,
         "blocks": None,
-        "peak_memory_bytes": _memory_bytes(prepared, shape),
-        "disk_bytes": predicted["file_bytes"] + _work_bytes(prepared, shape),
+        "distillation": None,
+        "peak_memory_bytes": _memory_bytes(prepared, shape, config),
+        "disk_bytes": predicted["file_bytes"] + _work_bytes(prepared, shape, config),
         "flops": _flops(prepared, shape, config),
     }
 
@@ -209,6 +265,7 @@ def _run_record(
     tokens: Tensor,
     prepared: Prepared,
     records: Sequence[Mapping[str, Any]],
+    distillation: Mapping[str, Any] | None,
     model: str | Path | PreTrainedModel,
 ) -> dict[str, Any]:
     """run.json: equal for equal runs, except what is under `timing`."""
@@ -217,7 +274,7 @@ def _run_record(
         "config": asdict(config),
         "calibration": {**asdict(calibration), "tokens": tokens.numel()},
         "blocks": [{key: record[key] for key in ("index", "loss_first", "loss_last")} for record in records],
-        "salient_ratio": prepared.ratio,
+        "distillation": {k: v for k, v in distillation.items() if k != "seconds"} if distillation else None,
         "bits_per_weight": prepared.layout.bits_per_weight,
         "paper_bits": prepared.layout.paper_bits,
         "threads": torch.get_num_threads(),
@@ -226,7 +283,10 @@ def _run_record(
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "timing": {"block_seconds": [record["seconds"] for record in records]},
+        "timing": {
+            "block_seconds": [record["seconds"] for record in records],
+            "distillation_seconds": (distillation or {}).get("seconds"),
+        },
     }
 
 
@@ -235,23 +295,45 @@ def _stream_bytes(prepared: Prepared, shape: torch.Size) -> int:
     return 4 * math.prod(shape) * hidden
 
 
-def _work_bytes(prepared: Prepared, shape: torch.Size) -> int:
-    """Disk for the work in progress: the packed blocks, and two streams, old and new at the moment of renaming."""
-    return sum(prepared.layout.parts().values()) + 4 * _stream_bytes(prepared, shape)
+def _fresh_samples(config: QuantConfig, calibration: CalibrationConfig) -> int:
+    """Samples to draw besides the calibration ones: what distillation can use, and those it holds out."""
+    if config.distill is Distill.OFF or not config.distill_fresh:
+        return 0
+    wanted = config.distill_tokens // calibration.seqlen
+    return wanted + held_out_count(wanted)
 
 
-def _memory_bytes(prepared: Prepared, shape: torch.Size) -> int:
-    """Estimated peak: the process, the model, six streams, and per weight of a block about seven float32 copies.
+def _work_bytes(prepared: Prepared, shape: torch.Size, config: QuantConfig) -> int:
+    """Disk for the work in progress: packed blocks, and two streams, old and new at the moment of renaming.
 
-    (Original, base, signs, reconstruction, its gradient, and temporaries of the product rule.)
+    With distillation, the latents in float32 too, and old and new state: latents and two moments each.
+    """
+    latents = 0 if config.distill is Distill.OFF else prepared.layout.quantized_weights * 4 * (1 + 2 * 3)
+    return sum(prepared.layout.parts().values()) + 4 * _stream_bytes(prepared, shape) + latents
+
+
+def _memory_bytes(prepared: Prepared, shape: torch.Size, config: QuantConfig) -> int:
+    """Estimated peak: the process, the model, and the greater of what the blocks and what distillation needs.
+
+    The blocks need six streams, and per weight of one about seven float32 copies (original, base, signs,
+    reconstruction, its gradient, and temporaries of the product rule).
     """
     process = 600_000_000
     model = sum(p.numel() * p.element_size() for p in prepared.model.parameters())
     largest = max(sum(p.numel() for p in block.parameters()) for block in prepared.blocks)
-    return process + model + 6 * _stream_bytes(prepared, shape) + 7 * 4 * largest
+    blocks = 6 * _stream_bytes(prepared, shape) + 7 * 4 * largest
+    distillation = 0
+    if config.distill is not Distill.OFF:
+        distillation = memory_bytes(prepared.model, prepared.layout.quantized_weights, shape[1], config)
+    return process + model + max(blocks, distillation)
 
 
 def _flops(prepared: Prepared, shape: torch.Size, config: QuantConfig) -> int:
-    """Floating-point operations in the linears: two targets, two measurements, and three products per learning step."""
-    passes = 4 + 3 * config.epochs
-    return 2 * prepared.layout.quantized_weights * math.prod(shape) * passes
+    """Floating-point operations in the linears: two targets, two measurements, and three products per learning step.
+
+    Distillation takes one more product per token: the original's predictions.
+    """
+    tokens = math.prod(shape) * (4 + 3 * config.epochs)
+    if config.distill is not Distill.OFF:
+        tokens += config.distill_tokens * 4
+    return 2 * prepared.layout.quantized_weights * tokens

@@ -89,9 +89,12 @@ class QuantizeMeter(_Meter):
     """Takes the pipeline's progress reports: block, phase, loss, time left, memory."""
 
     began_at: int | None = None
+    tenths = 0
 
     def __call__(self, progress: "Progress") -> None:
-        """Show one report; without a terminal, one line for each finished block."""
+        """Show one report; without a terminal, a line for each finished block and each tenth of the distillation."""
+        if progress.phase == "distill":
+            return self._distill(progress)
         if self.began_at is None:
             self.began_at = progress.block  # not `first` when an interrupted run is continued
         finished = progress.phase == "save"
@@ -104,6 +107,15 @@ class QuantizeMeter(_Meter):
         self.show(f"{block} {progress.phase}", done / total, figures)
         if finished:
             self.line(f"{block}  {duration(progress.seconds)}  {figures}")
+
+    def _distill(self, progress: "Progress") -> None:
+        done, total = progress.step, progress.steps
+        left = duration(progress.seconds / done * (total - done))
+        figures = f"divergence {progress.loss:.4g}  {left} left  memory {size(peak_rss_bytes())}"
+        self.show(f"distill {done}/{total}", done / total, figures)
+        if done * 10 // total > self.tenths:
+            self.tenths = done * 10 // total
+            self.line(f"distill {done}/{total}  {duration(progress.seconds)}  {figures}")
 
 
 class EvaluationMeter(_Meter):
@@ -187,8 +199,22 @@ def show_quantized(out: Console, result: Mapping[str, Any], source_bytes: int | 
     worse = [str(block["index"]) for block in result["blocks"] if not block["loss_last"] < block["loss_first"]]
     if worse:
         out.print(f"warning: the stored loss is not below its start in block {', '.join(worse)}")
+    _show_distillation(out, result["distillation"])
     for command in next_commands:
         out.print(f"next: {command}")
+
+
+def _show_distillation(out: Console, record: Mapping[str, Any] | None) -> None:
+    if record is None:
+        return
+    if "skipped" in record:
+        out.print(f"warning: no distillation, the blocks stay as they are: it {record['skipped']}")
+        return
+    change = f"{record['held_out_first']:.4f} -> {record['held_out_last']:.4f}"
+    effort = f"{record['steps']} steps, {record['tokens']:,} tokens, {duration(record['seconds'])}"
+    out.print(f"distillation: {effort}; divergence on held-out samples {change}")
+    if not record["kept"]:
+        out.print("warning: distillation ended no better than it began; the blocks stay as they were before it")
 
 
 def show_plan(out: Console, result: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ blocks, the quantized one through what the blocks have become. Nothing here touc
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,15 +16,19 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ptq161.allocation import LAYOUTS, MIXED_WIDTHS
+from ptq161.binarize import QuantizedWeight
 from ptq161.blocks import BlockTask, Streams, advance, check_stats, check_weights, watch_inputs
-from ptq161.budget import model_layout, salient_ratio
-from ptq161.config import QuantConfig
+from ptq161.budget import LinearShape
+from ptq161.config import Allocation, QuantConfig
 from ptq161.discovery import Trace, block_linears, decoder_blocks, first_hidden, linear_shapes, trace, without_blocks
 from ptq161.errors import InputError, NonFiniteError
-from ptq161.fit import OnStep, measure
+from ptq161.fit import OnStep
+from ptq161.latent import LatentWeight
 from ptq161.layout import ModelLayout
 from ptq161.methods import METHODS
 from ptq161.packing import pack
+from ptq161.sensitivity import shared_harms
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Progress:
     block: int
     first: int
     last: int
-    phase: str  # prepare, targets, learn, save
+    phase: str  # prepare, targets, learn, save; distill, after the last block
     step: int
     steps: int
     loss: float | None
@@ -54,20 +58,23 @@ class Prepared:
     traced: Trace
     first: int
     last: int
-    ratio: float
     layout: ModelLayout
     dense_linears: int  # linears of the decoder blocks outside first..last-1
 
 
 @dataclass(frozen=True)
 class QuantizedBlock:
-    """One finished block: packed tensors by full name, the JSON record, and the streams into the next block."""
+    """One finished block: packed tensors by full name, the JSON record, and the streams into the next block.
+
+    latents: by full name, what the codes were rounded from, where the method learned them.
+    """
 
     index: int
     prefix: str  # the block's module name
     packed: dict[str, Tensor]
     record: dict[str, Any]
     streams: Streams
+    latents: dict[str, LatentWeight]
 
 
 def prepare(
@@ -76,8 +83,12 @@ def prepare(
     config: QuantConfig,
     block_range: tuple[int, int] | None,
     device: torch.device,
+    *,
+    calibrated: bool = True,
 ) -> Prepared:
-    """Find and check the blocks, record how they are called, and fix the salient ratio and layout of every linear.
+    """Find and check the blocks, record how they are called, and fix the layout of every linear.
+
+    calibrated: whether `samples` are text that may decide the layout; otherwise it is what can be known without.
 
     Raises UnsupportedModel (and UnsupportedModule), or InputError for a block range or a bit budget out of reach.
     """
@@ -95,9 +106,35 @@ def prepare(
     every = linear_shapes(model, prefix, blocks, traced)
     quantized_blocks = tuple(f"{prefix}.{index}." for index in range(first, last))
     shapes = {name: shape for name, shape in every.items() if name.startswith(quantized_blocks)}
-    ratio = salient_ratio(shapes, config)
-    layout = model_layout(shapes, ratio, config.row_mean)
-    return Prepared(model, prefix, blocks, traced, first, last, ratio, layout, len(every) - len(shapes))
+    harms = _harms(model, shapes, samples, config, device) if calibrated else None
+    layout = LAYOUTS[config.method](shapes, config, harms)
+    return Prepared(model, prefix, blocks, traced, first, last, layout, len(every) - len(shapes))
+
+
+def _harms(
+    model: PreTrainedModel,
+    shapes: Mapping[str, LinearShape],
+    samples: Int64[Tensor, "samples seq"],
+    config: QuantConfig,
+    device: torch.device,
+) -> dict[str, Tensor] | None:
+    """What decides the widths of every linear, or None where the method or the settings do not ask for it.
+
+    Raises InputError if the backward pass of the whole model does not fit the device's memory.
+    """
+    if config.method != "mixed" or config.bits is None or config.allocation is Allocation.UNIFORM:
+        return None
+    generator = torch.Generator().manual_seed(config.seed)
+    home = next(model.parameters()).device
+    try:
+        model.to(device)  # type: ignore[arg-type]
+        return shared_harms(model, shapes, samples[: config.allocation_samples].to(device), MIXED_WIDTHS, generator)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"a backward pass of the whole model does not fit the memory of {device}; give --set allocation=uniform"
+        ) from error
+    finally:
+        model.to(home)  # type: ignore[arg-type]
 
 
 def walk(
@@ -145,21 +182,33 @@ def _quantize_block(
     began = time.monotonic()
     task = _block_task(prepared, index, streams, device)
     result = METHODS[config.method](task, config, on_step)
-    loss_last, quantized = measure(task, result.weights, config)
-    if not torch.tensor([result.loss_first, loss_last]).isfinite().all() or not quantized.isfinite().all():
+    losses = torch.tensor([result.loss_first, result.loss_last])
+    if not losses.isfinite().all() or not result.outputs.isfinite().all():
         raise NonFiniteError(
-            f"block {index} of {prepared.prefix} gives a loss of {loss_last} (from {result.loss_first}) with its "
-            "stored factors; its activations or factors overflow. Lower lr_scale and lr_angular (--set)."
+            f"block {index} of {prepared.prefix} gives a loss of {result.loss_last} (from {result.loss_first}) with "
+            "its stored factors; its activations or factors overflow. Lower lr_scale, lr_angular and lr_latent (--set)."
         )
     prefix = f"{prepared.prefix}.{index}"
-    tensors: dict[str, Tensor] = {}
-    for name, weight in result.weights.items():
-        spec, packed = prepared.layout.linears[f"{prefix}.{name}"], pack(weight)
-        assert packed.layout == spec.layout, (prefix, name, packed.layout, spec.layout)
-        tensors |= {f"{prefix}.{name}.{tensor}": packed.tensors[tensor].cpu() for tensor in spec.specs()}
+    tensors = packed_tensors({f"{prefix}.{name}": weight for name, weight in result.weights.items()}, prepared.layout)
     seconds = time.monotonic() - began
-    record = {"index": index, "loss_first": result.loss_first, "loss_last": loss_last, "seconds": seconds}
-    return QuantizedBlock(index, prefix, tensors, record, Streams(index + 1, task.full_out, quantized))
+    record = {
+        "index": index,
+        "loss_first": result.loss_first,
+        "loss_last": result.loss_last,
+        "seconds": seconds,
+    }
+    latents = {f"{prefix}.{name}": weight for name, weight in (result.latents or {}).items()}
+    return QuantizedBlock(index, prefix, tensors, record, Streams(index + 1, task.full_out, result.outputs), latents)
+
+
+def packed_tensors(weights: Mapping[str, QuantizedWeight], layout: ModelLayout) -> dict[str, Tensor]:
+    """Full tensor name -> packed tensor on the CPU, for linears by full name; shared column types once."""
+    tensors: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        spec, packed = layout.linears[name], pack(weight)
+        assert packed.layout == spec.layout, (name, packed.layout, spec.layout)
+        tensors |= {f"{name}.{tensor}": packed.tensors[tensor].cpu() for tensor in spec.specs()}
+    return tensors
 
 
 def _block_task(prepared: Prepared, index: int, streams: Streams, device: torch.device) -> BlockTask:
@@ -182,7 +231,10 @@ def _block_task(prepared: Prepared, index: int, streams: Streams, device: torch.
         local_out=local_out,
         call=call,
         stats=stats,
-        salient_ratio=prepared.ratio,
+        widths={
+            name: tuple((group.width, group.cols) for group in prepared.layout.linears[f"{where}.{name}"].layout.groups)
+            for name in linears
+        },
     )
 
 

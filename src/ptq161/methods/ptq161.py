@@ -1,27 +1,14 @@
 """PTQ1.61 on one decoder block: structured mask, binarization, learned factors (sections 3.2 and 3.3)."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from ptq161.binarize import QuantizedWeight, as_stored, quantize_weight, salient_columns, salient_count
+from ptq161.binarize import FOUR_BIT, as_stored, quantize_weight, salient_columns
 from ptq161.blocks import BlockTask, InputStats
 from ptq161.config import QuantConfig, Statistic
 from ptq161.fit import OnStep, fit_block, measure
-
-
-@dataclass(frozen=True)
-class BlockResult:
-    """What a method made of a block: weights exactly as they will be stored, and the objective it started from."""
-
-    weights: dict[str, QuantizedWeight]
-    loss_first: float
-
-
-Method = Callable[[BlockTask, QuantConfig, OnStep], BlockResult]
+from ptq161.methods.result import BlockResult
 
 
 def ptq161(task: BlockTask, config: QuantConfig, on_step: OnStep) -> BlockResult:
@@ -36,18 +23,19 @@ def ptq161(task: BlockTask, config: QuantConfig, on_step: OnStep) -> BlockResult
     loss_first, _ = measure(task, initial, config)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + task.index)
     fitted = fit_block(task, initial, config, generator, on_step) if config.epochs else initial
-    return BlockResult({name: as_stored(weight) for name, weight in fitted.items()}, loss_first)
+    weights = {name: as_stored(weight) for name, weight in fitted.items()}
+    return BlockResult(weights, loss_first, *measure(task, weights, config))
 
 
 def block_masks(task: BlockTask, statistic: Statistic) -> dict[str, Bool[Tensor, " cols"]]:
     """The structured mask of every linear; linears that see the same input share one."""
     masks: dict[str, Bool[Tensor, " cols"]] = {}
-    for name, linear in task.linears.items():
+    for name in task.linears:
         owner = task.columns_from.get(name)
         if owner is not None:
             masks[name] = masks[owner]
         else:
-            count = salient_count(task.salient_ratio, linear.in_features)
+            count = dict(task.widths[name]).get(FOUR_BIT.name, 0)
             masks[name] = salient_columns(channel_importance(task.stats[name], statistic), count)
     return masks
 

@@ -1,0 +1,250 @@
+"""End-to-end tuning after the blocks: the quantized model's predictions towards those of the original.
+
+The loss is the Kullback-Leibler divergence from the original's next-token distribution, per token. Learned are the
+latents and scales of every linear, as in the blocks, and the weights of the norms. The model in memory stays the
+original: the quantized one is the same modules called with other weights, so no second copy of it exists.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptq161.config import QuantConfig
+from ptq161.errors import InputError, NonFiniteError
+from ptq161.fit import latent_parameters, weight_arguments
+from ptq161.latent import LatentWeight
+
+WARM_UP = 8  # steps over which the learning rates rise: the first gradients have no history to be scaled by
+LAST_RATE = 0.03  # share of the learning rates at which the cosine schedule ends
+MOMENTS = (0.9, 0.95)  # of AdamW: gradients of one or two samples change too fast for the usual 0.999
+ROWS_AT_ONCE = 32  # of the loss: their distributions over the vocabulary stay in the processor's cache
+
+SECONDS_BETWEEN_SAVES = 300.0
+
+OnStep = Callable[[int, int, float], None]  # step, steps, divergence of the step
+
+
+@dataclass(frozen=True)
+class Student:
+    """What is tuned: latent weights by linear, and norm weights by parameter name, float32 leaves."""
+
+    latents: dict[str, LatentWeight]
+    norms: dict[str, Tensor]
+
+    def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Parameter name -> tensor for `torch.func.functional_call`: exactly what a file would hold."""
+        return weight_arguments({name: weight.dense(dtype) for name, weight in self.latents.items()}) | self.norms
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Every tensor that is learned, by a name of its own."""
+        latents = {f"{name}.latent": weight.latent for name, weight in self.latents.items()}
+        gains = {f"{name}.gain": weight.gain for name, weight in self.latents.items()}
+        return latents | gains | self.norms
+
+
+def student_of(model: PreTrainedModel, latents: Mapping[str, LatentWeight]) -> Student:
+    """Latents of some linears, and copies of all norm weights: the vectors that belong to no linear."""
+    linears = {f"{name}." for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    norms = {
+        name: parameter.detach().float().clone().requires_grad_()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 1 and name.endswith(".weight") and name.removesuffix("weight") not in linears
+    }
+    return Student(dict(latents), norms)
+
+
+class Distillation:
+    """A run of AdamW over shuffled samples that can be taken up again from its `state`.
+
+    samples: (samples, seq) token ids on the model's device, visited in passes, each shuffled anew by (seed, pass).
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, student: Student, samples: Int64[Tensor, "samples seq"], config: QuantConfig
+    ) -> None:
+        self.model, self.student, self.samples, self.config = model, student, samples, config
+        self.steps = step_count(len(samples), samples.shape[1], config)
+        self.step = 0
+        rates = (config.distill_lr_latent, config.distill_lr_scale)
+        groups = [
+            *latent_parameters(student.latents, *rates),
+            {"params": list(student.norms.values()), "lr": config.distill_lr_scale},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=MOMENTS, fused=True)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def run(self, on_step: OnStep, save: Callable[[], None]) -> None:
+        """Do the steps that are left, calling `save` after each (which decides whether it is time).
+
+        Raises NonFiniteError naming the step.
+        """
+        while self.step < self.steps:
+            loss = self._learn(self._batch())
+            self.step += 1
+            on_step(self.step, self.steps, loss)
+            save()
+
+    def _batch(self) -> Int64[Tensor, "batch seq"]:
+        size = self.config.distill_batch_size
+        per_pass = len(self.samples) // size
+        number, within = divmod(self.step, per_pass)
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + number)
+        order = torch.randperm(len(self.samples), generator=generator)
+        return self.samples[order[within * size : (within + 1) * size]]
+
+    def _learn(self, tokens: Int64[Tensor, "batch seq"]) -> float:
+        share = max(LAST_RATE, 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * share * min(1.0, (self.step + 1) / WARM_UP)
+        loss = divergence(self.model, self.student, tokens)
+        if not loss.isfinite():
+            raise NonFiniteError(
+                f"distillation diverged at step {self.step} of {self.steps}; lower distill_lr_latent and "
+                "distill_lr_scale (--set), or give --set distill=off"
+            )
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a continued run needs, by name."""
+        state = {f"value {name}": leaf.detach() for name, leaf in self.student.leaves().items()}
+        for name, leaf in self.student.leaves().items():
+            state |= {f"{key} {name}": value for key, value in self.optimizer.state[leaf].items()}
+        return state | {"step": torch.tensor(self.step)}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Continue where `state` was taken."""
+        self.step = int(state["step"])
+        for name, leaf in self.student.leaves().items():
+            leaf.copy_(state[f"value {name}"])
+            kept = {key: state[f"{key} {name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            self.optimizer.state[leaf] = {key: value.to(leaf.device, copy=True) for key, value in kept.items()}
+
+
+def step_count(samples: int, seqlen: int, config: QuantConfig) -> int:
+    """Steps within `distill_tokens` and `distill_passes`.
+
+    Raises InputError if not even one step has the samples or the tokens that it needs.
+    """
+    size = config.distill_batch_size
+    steps = min(config.distill_tokens // (size * seqlen), config.distill_passes * (samples // size))
+    if steps < 1:
+        raise InputError(
+            f"distillation has {samples} samples of {seqlen} tokens and distill_tokens={config.distill_tokens}: not "
+            f"enough for one step of {size} samples; give a longer text, or --set distill=off"
+        )
+    return steps
+
+
+def divergence(model: PreTrainedModel, student: Student, tokens: Int64[Tensor, "batch seq"]) -> Float[Tensor, ""]:
+    """Mean KL(original || student) over the positions of a batch, in nats; differentiable in the student.
+
+    Matrix products run in bfloat16, distributions in float32.
+    """
+    device = tokens.device
+    with torch.autocast(device.type, torch.bfloat16):
+        with torch.no_grad():
+            wanted = model(tokens, use_cache=False).logits
+        weights = student.weights(torch.bfloat16)
+        actual = torch.func.functional_call(model, weights, (tokens,), {"use_cache": False}).logits
+    result: Tensor = _Divergence.apply(actual.flatten(0, 1), wanted.flatten(0, 1))  # type: ignore[no-untyped-call]
+    return result
+
+
+def tune(
+    model: PreTrainedModel,
+    student: Student,
+    samples: Int64[Tensor, "samples seq"],
+    config: QuantConfig,
+    state: Mapping[str, Tensor] | None,
+    on_step: OnStep,
+    save: Callable[[Mapping[str, Tensor]], None],
+) -> dict[str, Any]:
+    """Tune a student on samples, a few of which are held out to judge by; continue from `state` where there is one.
+
+    `save` is handed a state now and then, at the latest when all steps are done; a continued run gives the same result.
+    Returns the JSON record: tokens, steps, the divergence on the held-out samples before and after, and whether the
+    student is `kept`: it is not if it ended no better than it began.
+
+    Raises NonFiniteError naming the step.
+    """
+    held_out, learned = samples.split([held_out_count(len(samples)), len(samples) - held_out_count(len(samples))])
+    first = held_out_divergence(model, student, held_out) if state is None else float(state["held_out_first"])
+    run = Distillation(model, student, learned, config)
+    if state is not None:
+        run.restore(state)
+    saved = time.monotonic()
+
+    def save_sometimes() -> None:
+        nonlocal saved
+        if run.step == run.steps or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+            save(run.state() | {"held_out_first": torch.tensor(first, dtype=torch.float64)})
+            saved = time.monotonic()
+
+    run.run(on_step, save_sometimes)
+    last = held_out_divergence(model, student, held_out)
+    return {
+        "steps": run.steps,
+        "tokens": run.steps * config.distill_batch_size * samples.shape[1],
+        "distinct_tokens": learned.numel(),
+        "held_out_first": first,
+        "held_out_last": last,
+        "kept": last < first,
+    }
+
+
+def held_out_count(samples: int) -> int:
+    """How many of the samples are held out: a tenth, at least one and at most eight."""
+    return min(max(samples // 10, 1), 8)
+
+
+@torch.no_grad()
+def held_out_divergence(model: PreTrainedModel, student: Student, samples: Int64[Tensor, "samples seq"]) -> float:
+    """`divergence` averaged over samples that are not learned from."""
+    return sum(divergence(model, student, sample[None]).item() for sample in samples) / len(samples)
+
+
+class _Divergence(torch.autograd.Function):
+    """KL divergence per row from logits. The gradient, softmax(actual) - softmax(wanted), is made in the same pass."""
+
+    @staticmethod
+    def forward(ctx: Any, actual: Float[Tensor, "rows vocab"], wanted: Float[Tensor, "rows vocab"]) -> Tensor:
+        total = torch.zeros((), device=actual.device)
+        gradient = torch.empty_like(actual)
+        for start in range(0, len(actual), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            log_actual = actual[rows].float().log_softmax(-1)
+            log_wanted = wanted[rows].float().log_softmax(-1)
+            chance = log_wanted.exp()
+            total += torch.linalg.vecdot(chance.flatten(), log_wanted.sub_(log_actual).flatten())
+            gradient[rows] = log_actual.exp_().sub_(chance)
+        ctx.save_for_backward(gradient)
+        return total / len(actual)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * (grad / len(gradient)), None
+
+
+def memory_bytes(model: PreTrainedModel, weights: int, seqlen: int, config: QuantConfig) -> int:
+    """Estimated memory on top of the model: `weights` latents learned on samples of `seqlen` tokens.
+
+    Per weight: latent, gradient and two moments in float32, the rounded weight and its gradient in bfloat16. Per token:
+    about 24 hidden states per block kept for the backward pass, and three rows of logits.
+    """
+    text = model.config.get_text_config()
+    vocabulary: int = text.vocab_size
+    tokens = config.distill_batch_size * seqlen
+    activations: int = 2 * 24 * text.hidden_size * text.num_hidden_layers
+    return weights * (4 * 4 + 2 * 2) + tokens * (activations + 3 * 4 * vocabulary)

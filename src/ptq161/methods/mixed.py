@@ -1,0 +1,59 @@
+"""Mixed widths on one decoder block: 1-bit, ternary and 4-bit channels, codes and scales learned together."""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ptq161.binarize import QuantizedWeight
+from ptq161.blocks import BlockTask
+from ptq161.config import QuantConfig
+from ptq161.errors import NonFiniteError
+from ptq161.fit import OnStep, fit_latents, measure
+from ptq161.latent import LatentWeight
+from ptq161.methods.result import BlockResult
+from ptq161.mixed import group_columns, mixed_weight
+
+ATTEMPTS = 3  # at learning a block, each with rates BACK_OFF times lower, before its start is kept
+BACK_OFF = 4.0
+
+
+def mixed(task: BlockTask, config: QuantConfig, on_step: OnStep) -> BlockResult:
+    """Quantize one block; never worse than its start by the objective on the calibration samples.
+
+    Randomness depends on (config.seed, task.index) only, so blocks can resume.
+    """
+    start = _start(task)
+    loss_first, outputs = measure(task, start, config)
+    learn = replace(config, epochs=config.epochs)
+    for _ in range(ATTEMPTS if config.epochs else 0):
+        latents = {name: LatentWeight.of(linear.weight, start[name]) for name, linear in task.linears.items()}
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + task.index)
+        try:
+            fit_latents(task, latents, learn, generator, on_step)
+            weights = {name: weight.quantized() for name, weight in latents.items()}
+            loss_last, learned_outputs = measure(task, weights, config)
+        except NonFiniteError:
+            loss_last = math.inf
+        if loss_last < loss_first:
+            return BlockResult(weights, loss_first, loss_last, learned_outputs, latents)
+        learn = replace(learn, lr_latent=learn.lr_latent / BACK_OFF, lr_scale=learn.lr_scale / BACK_OFF)
+    latents = {name: LatentWeight.of(linear.weight, start[name]) for name, linear in task.linears.items()}
+    return BlockResult(start, loss_first, loss_first, outputs, latents)
+
+
+def _start(task: BlockTask) -> dict[str, QuantizedWeight]:
+    """Every linear rounded to its widths; linears that see the same input share their column groups."""
+    importance: dict[str, Tensor] = {}
+    for name, linear in task.linears.items():
+        owner = task.columns_from.get(name, name)
+        harm = task.stats[name].square_sum * linear.weight.detach().float().square().sum(dim=0)
+        importance[owner] = importance[owner] + harm if owner in importance else harm
+    columns = {owner: group_columns(harm, task.widths[owner]) for owner, harm in importance.items()}
+    start = {}
+    for name, linear in task.linears.items():
+        stats = task.stats[name]
+        chosen = columns[task.columns_from.get(name, name)]
+        start[name] = mixed_weight(linear.weight.detach(), chosen, task.widths[name], stats.square_sum / stats.tokens)
+    return start
