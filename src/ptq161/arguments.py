@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import ptq161
-from ptq161.config import PRESETS, CalibrationConfig, QuantConfig, preset_named, read_toml, unknown
+from ptq161.config import DEFAULT_PRESET, PRESETS, CalibrationConfig, QuantConfig, preset_named, read_toml, unknown
 from ptq161.errors import InputError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -84,7 +84,12 @@ def _quantize_arguments(parser: _Parser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="hub name, HF folder or .gguf file")
     add("out", metavar="OUT", help="folder to be made; interrupted, the same command continues")
-    add("--preset", default="paper", choices=PRESETS, help="; ".join(f"{k}: {v.purpose}" for k, v in PRESETS.items()))
+    add(
+        "--preset",
+        default=DEFAULT_PRESET,
+        choices=PRESETS,
+        help="; ".join(f"{k}: {v.purpose}" for k, v in PRESETS.items()),
+    )
     _budget_arguments(parser)
     add("--calib", action="append", metavar="SOURCE", help="wikitext2, c4, redpajama, a file, or self; may be repeated")
     add("--samples", type=int, metavar="N", help="calibration samples")

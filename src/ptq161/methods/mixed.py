@@ -1,13 +1,15 @@
 """Mixed widths on one decoder block: 1-bit, ternary and 4-bit channels, codes and scales learned together."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from ptq161.binarize import QuantizedWeight
-from ptq161.blocks import BlockTask
+from ptq161.blocks import BlockTask, InputStats
 from ptq161.config import QuantConfig
 from ptq161.errors import NonFiniteError
 from ptq161.fit import OnStep, fit_latents, measure
@@ -26,7 +28,7 @@ def mixed(task: BlockTask, config: QuantConfig, on_step: OnStep) -> BlockResult:
     """
     start = _start(task)
     loss_first, outputs = measure(task, start, config)
-    learn = replace(config, epochs=config.epochs)
+    learn = config
     for _ in range(ATTEMPTS if config.epochs else 0):
         latents = {name: LatentWeight.of(linear.weight, start[name]) for name, linear in task.linears.items()}
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + task.index)
@@ -45,11 +47,7 @@ def mixed(task: BlockTask, config: QuantConfig, on_step: OnStep) -> BlockResult:
 
 def _start(task: BlockTask) -> dict[str, QuantizedWeight]:
     """Every linear rounded to its widths; linears that see the same input share their column groups."""
-    importance: dict[str, Tensor] = {}
-    for name, linear in task.linears.items():
-        owner = task.columns_from.get(name, name)
-        harm = task.stats[name].square_sum * linear.weight.detach().float().square().sum(dim=0)
-        importance[owner] = importance[owner] + harm if owner in importance else harm
+    importance = shared_importance(task.linears, task.stats, task.columns_from)
     columns = {owner: group_columns(harm, task.widths[owner]) for owner, harm in importance.items()}
     start = {}
     for name, linear in task.linears.items():
@@ -57,3 +55,18 @@ def _start(task: BlockTask) -> dict[str, QuantizedWeight]:
         chosen = columns[task.columns_from.get(name, name)]
         start[name] = mixed_weight(linear.weight.detach(), chosen, task.widths[name], stats.square_sum / stats.tokens)
     return start
+
+
+def shared_importance(
+    linears: Mapping[str, nn.Linear], stats: Mapping[str, InputStats], columns_from: Mapping[str, str]
+) -> dict[str, Float[Tensor, " cols"]]:
+    """First linear of each shared input -> importance of its channels, which decides who gets the wider codes.
+
+    It is the squared input summed over the calibration tokens, times the squared weights of the channel's columns.
+    """
+    importance: dict[str, Tensor] = {}
+    for name, linear in linears.items():
+        owner = columns_from.get(name, name)
+        harm = stats[name].square_sum * linear.weight.detach().float().square().sum(dim=0)
+        importance[owner] = importance[owner] + harm if owner in importance else harm
+    return importance
