@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float16, Int32, UInt8
+from jaxtyping import Int32, UInt8
 from torch import Tensor
 from torch.nn import functional
 
@@ -32,14 +32,16 @@ _CHUNK = 1 << 24  # weights that are unpacked to a byte each at once
 
 @dataclass(frozen=True)
 class TiledWeight:
-    """One linear for CPU kernels: tiles; `order`, the input channel of each column in the order of the groups (None
-    for a single group); `col`, their column scales (None where no group has any, ones where this group has none).
+    """One linear for CPU kernels. Types are plain: the op makes one of whatever it was given before it checks that.
+
+    tiles: uint8 (tiles, bytes). order: int32 (cols,), the input channel of each column in the order of the groups;
+    None for a single group. col: float16 (cols,), their column scales; ones for groups without, None if no group has any.
     """
 
     layout: LinearLayout
-    tiles: UInt8[Tensor, "tiles bytes"]
-    order: Int32[Tensor, " cols"] | None
-    col: Float16[Tensor, " cols"] | None
+    tiles: Tensor
+    order: Tensor | None
+    col: Tensor | None
 
 
 @dataclass(frozen=True)
