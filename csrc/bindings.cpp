@@ -7,6 +7,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <tuple>
 
@@ -95,4 +96,10 @@ NB_MODULE(_native, module) {
         return names;
     });
     module.def("linear", &call);
+    module.def("read_memory", [](const Array& array, int threads) {
+        const auto* words = checked<const uint64_t>("array", array, std::max<int64_t>(std::get<1>(array), 0));
+        if (threads < 1) throw std::invalid_argument("expected at least one thread");
+        nb::gil_scoped_release released;
+        return read_memory(words, std::get<1>(array), threads);
+    });
 }

@@ -137,4 +137,16 @@ void linear(const Kernel& kernel, const Product& p, int threads) {
     require(sound, "the column order names an input channel that does not exist");
 }
 
+uint64_t read_memory(const uint64_t* words, int64_t count, int threads) {
+    constexpr int64_t kLine = 8;  // words of a cache line
+    uint64_t sum = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : sum)
+    for (int64_t line = 0; line < count / kLine; ++line) {
+        const uint64_t* place = words + line * kLine;
+        __builtin_prefetch(place + 64 * kLine);
+        for (int word = 0; word < kLine; ++word) sum += place[word];
+    }
+    return sum;
+}
+
 }  // namespace ptq161

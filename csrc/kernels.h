@@ -103,4 +103,7 @@ const std::vector<const Kernel*>& available_kernels();
 // Computes the product with up to `threads` threads. Throws std::invalid_argument if `order` is not sound.
 void linear(const Kernel& kernel, const Product& product, int threads);
 
+// Reads memory once, as a product with nothing to compute would; returns a sum that keeps it from being left out.
+uint64_t read_memory(const uint64_t* words, int64_t count, int threads);
+
 }  // namespace ptq161
