@@ -199,7 +199,9 @@ def test_any_batch_shape_and_dtype_through_the_op(batch, dtype):
 def test_results_are_rounded_like_torch_rounds(dtype, kernel):
     """With weights of one and a single column, y is the bias plus x: every half-way case, subnormal and overflow."""
     packed = weight_of((1, {"1bit": 1}, False))
-    packed = replace(packed, tensors={"weight": torch.tensor([[1]], dtype=torch.uint8), "scale_0": torch.ones(1).half()})
+    packed = replace(
+        packed, tensors={"weight": torch.tensor([[1]], dtype=torch.uint8), "scale_0": torch.ones(1).half()}
+    )
     bits = torch.randint(-(2**31), 2**31, (20000,), generator=torch.Generator().manual_seed(0), dtype=torch.int64)
     half_way = torch.arange(0x7000, dtype=torch.int32).to(torch.int16).view(torch.float16).float() * (1 + 2.0**-11)
     bias = torch.cat([bits.to(torch.int32).view(torch.float32), half_way, torch.tensor([0.0, -0.0, 65519.9, 65520.0])])
@@ -244,9 +246,7 @@ def test_opcheck(shape, dtype):
     op = torch.ops.ptq161.tiled_linear.default
     torch.library.opcheck(op, (x, tiled.tiles, tiled.order, tiled.col, None, layout, False))
     torch.library.opcheck(op, (x.requires_grad_(), tiled.tiles, tiled.order, tiled.col, bias, layout, True))
-    torch.library.opcheck(
-        torch.ops.ptq161.tiled_dequantize.default, (tiled.tiles, tiled.order, tiled.col, layout)
-    )
+    torch.library.opcheck(torch.ops.ptq161.tiled_dequantize.default, (tiled.tiles, tiled.order, tiled.col, layout))
 
 
 def test_gradients_equal_those_of_the_dense_linear():

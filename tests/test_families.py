@@ -45,7 +45,9 @@ def case(tmp_path_factory, model_folder, calibration_file):
         source, folder = model_folder(family), root / family
         pipeline.quantize(source, folder, calib=str(calibration_file), dtype="float32", **SETTINGS)
         original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-        return Case(source, folder, original, *(ptq161.load(folder, mode=m, activations="float32") for m in ("packed", "dense")))
+        return Case(
+            source, folder, original, *(ptq161.load(folder, mode=m, activations="float32") for m in ("packed", "dense"))
+        )
 
     return make
 

@@ -273,7 +273,9 @@ def test_packed_tensors_are_fetched_shard_by_shard(tmp_path):
     assert set(names) == set(packed)
     assert len(names) <= len(packed) + 2  # each once; the type checks of the test run look at an item, too
     assert len(set(shards_done)) > 2  # not all of them before the first file was written
-    torch.testing.assert_close(logits(hf.load(tmp_path / "out", activations="float32")), logits(install(model, layout, packed)))
+    torch.testing.assert_close(
+        logits(hf.load(tmp_path / "out", activations="float32")), logits(install(model, layout, packed))
+    )
 
 
 def test_tensors_mapped_from_a_file_can_be_saved(tmp_path):

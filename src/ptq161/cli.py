@@ -165,12 +165,41 @@ def _generate(args: Namespace) -> int:
     return _print(args, {"model": args.path, "prompt": args.prompt, **result}, lambda out: None)
 
 
+def _bench(args: Namespace) -> int:
+    if (args.path is None) == (args.shape is None):
+        raise InputError("bench needs either a packed folder or --shape ROWSxCOLS")
+    if args.threads is not None and args.threads < 1:
+        raise InputError(f"--threads {args.threads} is out of range: expected 1 or more")
+    import torch
+
+    from ptq161 import terminal
+    from ptq161.evaluate import model_speed, speed
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    with terminal.quiet_libraries(debug=args.debug):
+        if args.shape is not None:
+            tokens = args.tokens or [1, 128]
+            result = speed.bench_shape(*args.shape, tokens=tokens, rounds=args.rounds or 40, format=args.format)
+            return _print(args, result, lambda out: terminal.show_shape_speed(out, result))
+        dense = {"both": ["float32", "bfloat16"], "none": []}.get(args.dense, [args.dense])
+        result = model_speed.bench_model(
+            args.path,
+            prompt_tokens=args.prompt_tokens,
+            new_tokens=args.new_tokens,
+            rounds=args.rounds or 3,
+            dense=dense,
+        )
+    return _print(args, result, lambda out: terminal.show_model_speed(out, result))
+
+
 COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "quantize": _quantize,
     "eval": _eval,
     "inspect": _inspect,
     "verify": _verify,
     "generate": _generate,
+    "bench": _bench,
 }
 
 

@@ -130,14 +130,14 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, tensor, persistent=persistent)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.is_tiled:
             tensors = self.packed().tensors
             destination |= {prefix + name: tensors[name] for name in self.spec.specs()}
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._untile()
-        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         # Behind .to(), .half(), .cuda() and the like: take the packed tensors along to a device, never to a dtype.

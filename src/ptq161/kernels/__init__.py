@@ -5,8 +5,18 @@
 """
 
 from ptq161.kernels.cpu import kernels as cpu_kernels
-from ptq161.kernels.cpu import tiled_linear
+from ptq161.kernels.cpu import read_memory, tiled_linear
 from ptq161.kernels.ops import has_fast_kernel, linear
 from ptq161.kernels.tiles import TiledWeight, column_types, tile, untile
 
-__all__ = ["TiledWeight", "column_types", "cpu_kernels", "has_fast_kernel", "linear", "tile", "tiled_linear", "untile"]
+__all__ = [
+    "TiledWeight",
+    "column_types",
+    "cpu_kernels",
+    "has_fast_kernel",
+    "linear",
+    "read_memory",
+    "tile",
+    "tiled_linear",
+    "untile",
+]

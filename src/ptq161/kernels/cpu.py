@@ -97,6 +97,13 @@ def run_kernel(
     return y
 
 
+def read_memory(words: Tensor, threads: int) -> int:
+    """Sum of int64 words modulo 2**64, read once by `threads` threads: what a product without arithmetic would cost."""
+    assert native is not None and words.dtype == torch.int64 and words.is_contiguous()
+    total: int = native.read_memory((words.data_ptr(), words.numel()), threads)
+    return total
+
+
 def _array(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.numel())
 
@@ -168,12 +175,7 @@ def _check_weight(weight: TiledWeight) -> None:
 
 
 def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
-    if (
-        tensor.shape != shape
-        or tensor.dtype != dtype
-        or tensor.device != device
-        or not tensor.is_contiguous()
-    ):
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
         stride = "" if tensor.is_contiguous() else f" with strides {list(tensor.stride())}"
         raise InputError(
             f"ptq161::tiled_linear got {name} as {tensor.dtype}{list(tensor.shape)}{stride} on {tensor.device}; "

@@ -35,7 +35,7 @@ class TiledWeight:
     """One linear for CPU kernels. Types are plain: the op makes one of whatever it was given before it checks that.
 
     tiles: uint8 (tiles, bytes). order: int32 (cols,), the input channel of each column in the order of the groups;
-    None for a single group. col: float16 (cols,), their column scales; ones for groups without, None if no group has any.
+    None for a single group. col: float16 (cols,), their column scales, ones for groups without; None if none has any.
     """
 
     layout: LinearLayout
