@@ -22,8 +22,9 @@ inline __m256i four_columns(const int8_t* q) {
     return _mm256_set1_epi32(word);
 }
 
+// Not inlined, and unrolled by hand: GCC 12 then keeps the sums in registers.
 template <int kBits, int kTokens>
-void some_tokens(const Group& group, const uint8_t* codes, const int8_t* q, int64_t q_stride, const float* scale,
+__attribute__((noinline)) void some_tokens(const Group& group, const uint8_t* codes, const int8_t* q, int64_t q_stride, const float* scale,
                  int64_t scale_stride, Rows* dot) {
     constexpr int kColumns = 32 / kBits, kPlanes = 8 / kBits, kPerBlock = kBlock / kColumns;
     constexpr int kPerSum = kBits == 4 ? 4 : kPerBlock;  // units that 16 bits can hold
@@ -33,9 +34,11 @@ void some_tokens(const Group& group, const uint8_t* codes, const int8_t* q, int6
         const int64_t last = std::min<int64_t>(group.units, first + kPerBlock);
         for (int row = 0; row < kTileRows; row += 8) {
             __m256i wide[kTokens];
+#pragma GCC unroll 4
             for (int t = 0; t < kTokens; ++t) wide[t] = _mm256_setzero_si256();
             for (int64_t start = first; start < last; start += kPerSum) {
                 __m256i sums[kTokens];
+#pragma GCC unroll 4
                 for (int t = 0; t < kTokens; ++t) sums[t] = _mm256_setzero_si256();
                 const int64_t end = std::min<int64_t>(last, start + kPerSum);
                 for (int64_t unit = start; unit < end; ++unit) {
@@ -43,8 +46,10 @@ void some_tokens(const Group& group, const uint8_t* codes, const int8_t* q, int6
                     if (row % 16 == 0) _mm_prefetch(reinterpret_cast<const char*>(place + kAhead), _MM_HINT_T0);
                     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(place));
                     const int8_t* columns = q + unit * kColumns;
+#pragma GCC unroll 8
                     for (int k = 0; k < kPlanes; ++k) {
                         const __m256i digits = _mm256_and_si256(_mm256_srli_epi32(words, kBits * k), mask);
+#pragma GCC unroll 4
                         for (int t = 0; t < kTokens; ++t) {
                             const __m256i pairs =
                                 _mm256_maddubs_epi16(digits, four_columns(columns + t * q_stride + 4 * k));
@@ -52,6 +57,7 @@ void some_tokens(const Group& group, const uint8_t* codes, const int8_t* q, int6
                         }
                     }
                 }
+#pragma GCC unroll 4
                 for (int t = 0; t < kTokens; ++t) {
                     wide[t] = _mm256_add_epi32(wide[t], _mm256_madd_epi16(sums[t], ones));
                 }

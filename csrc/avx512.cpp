@@ -39,17 +39,19 @@ inline __m512i combined(const __m512i* sums) {
 }
 
 template <int kBits>
-void one_token(const Group& group, const uint8_t* codes, const int8_t* q, const float* scale, float* out) {
+__attribute__((noinline)) void one_token(const Group& group, const uint8_t* codes, const int8_t* q, const float* scale, float* out) {
     constexpr int kColumns = 32 / kBits, kPlanes = 8 / kBits, kSums = kPlanes < 4 ? kPlanes : 4;
     __m512 low = _mm512_setzero_ps(), high = low;
     for (int64_t first = 0; first < group.units; first += kBlock / kColumns, ++scale) {
         const int64_t last = std::min<int64_t>(group.units, first + kBlock / kColumns);
         __m512i sums[2][kSums];
+#pragma GCC unroll 8
         for (int k = 0; k < kSums; ++k) sums[0][k] = sums[1][k] = _mm512_setzero_si512();
         for (int64_t unit = first; unit < last; ++unit, codes += kUnitBytes, q += kColumns) {
             _mm_prefetch(reinterpret_cast<const char*>(codes + kAhead), _MM_HINT_T0);
             _mm_prefetch(reinterpret_cast<const char*>(codes + kAhead + 64), _MM_HINT_T0);
             __m512i words[2] = {_mm512_loadu_si512(codes), _mm512_loadu_si512(codes + 64)};
+#pragma GCC unroll 8
             for (int k = 0; k < kPlanes; ++k) {
                 if (k == kSums) {
                     words[0] = _mm512_srli_epi32(words[0], 4);
@@ -69,8 +71,9 @@ void one_token(const Group& group, const uint8_t* codes, const int8_t* q, const 
     _mm512_storeu_ps(out + 16, high);
 }
 
+// Not inlined, and unrolled by hand: GCC 12 then keeps the sums in registers.
 template <int kBits, int kTokens>
-void some_tokens(const Group& group, const uint8_t* codes, const int8_t* q, int64_t q_stride, const float* scale,
+__attribute__((noinline)) void some_tokens(const Group& group, const uint8_t* codes, const int8_t* q, int64_t q_stride, const float* scale,
                  int64_t scale_stride, Rows* dot) {
     constexpr int kColumns = 32 / kBits, kPlanes = 8 / kBits;
     const __m512i mask = _mm512_set1_epi8(char((1 << kBits) - 1));
@@ -78,11 +81,13 @@ void some_tokens(const Group& group, const uint8_t* codes, const int8_t* q, int6
     for (int64_t first = 0; first < group.units; first += kBlock / kColumns, ++scale) {
         const int64_t last = std::min<int64_t>(group.units, first + kBlock / kColumns);
         __m512i sums[kTokens][2];
+#pragma GCC unroll 12
         for (int t = 0; t < kTokens; ++t) sums[t][0] = sums[t][1] = _mm512_setzero_si512();
         for (int64_t unit = first; unit < last; ++unit, codes += kUnitBytes, q += kColumns) {
             _mm_prefetch(reinterpret_cast<const char*>(codes + kAhead), _MM_HINT_T0);
             _mm_prefetch(reinterpret_cast<const char*>(codes + kAhead + 64), _MM_HINT_T0);
             const __m512i low = _mm512_loadu_si512(codes), high = _mm512_loadu_si512(codes + 64);
+#pragma GCC unroll 8
             for (int k = 0; k < kPlanes; ++k) {
                 const __m512i low_digits = _mm512_and_si512(_mm512_srli_epi32(low, kBits * k), mask);
                 const __m512i high_digits = _mm512_and_si512(_mm512_srli_epi32(high, kBits * k), mask);

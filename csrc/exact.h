@@ -15,8 +15,9 @@ typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
 
 // `kParts` registers of rows from `codes` on, summed in float32 over a block, and over blocks into `total`.
+// Not inlined, and unrolled by hand: GCC 12 then keeps the sums in registers.
 template <int kBits, int kTokens, int kParts>
-inline void exact_rows(const Group& group, const uint8_t* codes, const float* u, int64_t stride, float* out) {
+__attribute__((noinline)) void exact_rows(const Group& group, const uint8_t* codes, const float* u, int64_t stride, float* out) {
     constexpr int kColumns = 32 / kBits;
     Floats total[kTokens][kParts] = {};
     for (int64_t first = 0; first < group.units; first += kBlock / kColumns) {
@@ -25,16 +26,21 @@ inline void exact_rows(const Group& group, const uint8_t* codes, const float* u,
         for (int64_t unit = first; unit < last; ++unit) {
             Words words[kParts];
             std::memcpy(words, codes + unit * kUnitBytes, sizeof words);
+#pragma GCC unroll 32
             for (int column = 0; column < kColumns; ++column) {
                 const int shift = 8 * (column % 4) + kBits * (column / 4);
+#pragma GCC unroll 2
                 for (int part = 0; part < kParts; ++part) {
                     const Words digits = (words[part] >> shift) & ((1u << kBits) - 1u);
                     const Floats values = __builtin_convertvector((Ints)digits, Floats);
+#pragma GCC unroll 4
                     for (int t = 0; t < kTokens; ++t) sum[t][part] += values * u[t * stride + unit * kColumns + column];
                 }
             }
         }
+#pragma GCC unroll 4
         for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 2
             for (int part = 0; part < kParts; ++part) total[t][part] += sum[t][part];
         }
     }
