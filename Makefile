@@ -64,4 +64,5 @@ bench: $(ENV) $(MODEL) $(TEXT)
 	$(BIN)/python benchmarks/block_time.py $(MODEL) --calib $(TEXT)
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo/out demo/report.html
+	rm -rf CMakeCache.txt CMakeFiles CMakeInit.txt cmake_install.cmake build.ninja .ninja_* .cmake lib*.a .skbuild-info.json
+	rm -rf src/ptq161/kernels/_native*.so .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo/out demo/report.html
