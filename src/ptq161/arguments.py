@@ -76,6 +76,7 @@ def _parser() -> _Parser:
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
     generate.add_argument("--seed", type=int, default=0, metavar="S")
     generate.add_argument("--mode", choices=("auto", "packed", "dense"), default="auto", help="how weights are kept")
+    _activations_argument(generate, "int8")
     _device_arguments(generate)
     _bench_arguments(command("bench", "speed of a packed model or of one shape against dense weights, on the CPU"))
     return parser
@@ -110,6 +111,7 @@ def _eval_arguments(parser: _Parser) -> None:
     add("--max-windows", type=int, metavar="N", help="only the first N windows of each text")
     add("--bos", action="store_true", help="put the BOS token before each window")
     add("--out", type=Path, metavar="results.jsonl", help="append the result as a row")
+    _activations_argument(parser, "float32")
     _device_arguments(parser)
 
 
@@ -130,6 +132,11 @@ def _budget_arguments(parser: _Parser) -> None:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--bits", type=float, metavar="B", help="honest bits per weight to stay within, e.g. 1.61")
     budget.add_argument("--salient-ratio", type=float, metavar="R", help="share of the channels at 4 bits, e.g. 0.2")
+
+
+def _activations_argument(parser: _Parser, default: str) -> None:
+    text = f"of packed linears on a CPU with native kernels (default {default})"
+    parser.add_argument("--activations", choices=("int8", "float32"), default=default, help=text)
 
 
 def _device_arguments(parser: _Parser) -> None:

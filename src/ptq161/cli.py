@@ -87,7 +87,9 @@ def _eval(args: Namespace) -> int:
     with terminal.quiet_libraries(debug=args.debug):
         for source in args.ppl:
             data.parse_source(source)
-        model, tokenizer = sources.open_model(args.path, device=machine.pick_device(args.device), dtype=_dtype(args))
+        model, tokenizer = sources.open_model(
+            args.path, device=machine.pick_device(args.device), dtype=_dtype(args), activations=args.activations
+        )
         if args.bos and tokenizer.bos_token_id is None:
             raise InputError(f"--bos: the tokenizer of {args.path} has no BOS token; leave --bos out")
         bos = tokenizer.bos_token_id if args.bos else None
@@ -145,7 +147,11 @@ def _generate(args: Namespace) -> int:
 
     with terminal.quiet_libraries(debug=args.debug):
         model, tokenizer = sources.open_model(
-            args.path, device=machine.pick_device(args.device), dtype=_dtype(args), mode=args.mode
+            args.path,
+            device=machine.pick_device(args.device),
+            dtype=_dtype(args),
+            mode=args.mode,
+            activations=args.activations,
         )
         result = generation.stream(
             model,
