@@ -108,31 +108,24 @@ void linear(const Kernel& kernel, const Product& p, int threads) {
     std::atomic<bool> sound{true};
     for (int64_t first = 0; first < p.tokens; first += chunk) {
         Activations activations = make_activations(p, std::min(chunk, p.tokens - first));
-        // With few tokens the threads share the blocks of each, with many the tokens.
-        const int64_t pieces = activations.tokens >= 2 * workers ? 1 : std::min(workers, layout.blocks);
-        const int64_t tasks = activations.tokens * pieces;
         const int64_t tiles = std::max<int64_t>(1, layout.tiles / (workers * 8)), parts = ceil_div(layout.tiles, tiles);
-        const auto gather = [&](int64_t task) {
-            const int64_t slot = task / pieces, piece = task % pieces;
-            const int64_t begin = layout.blocks * piece / pieces, end = layout.blocks * (piece + 1) / pieces;
-            if (!kernel.gather(p, first + slot, begin, end, activations, slot)) sound = false;
+        const auto gather = [&](int64_t slot) {
+            if (!kernel.gather(p, first + slot, 0, layout.blocks, activations, slot)) sound = false;
         };
         const auto multiply = [&](int64_t part) {
             const int64_t last = std::min(layout.tiles, (part + 1) * tiles);
             if (sound) kernel.multiply(p, activations, first, part * tiles, last);
         };
         if (workers == 1) {
-            for (int64_t task = 0; task < tasks; ++task) gather(task);
+            for (int64_t slot = 0; slot < activations.tokens; ++slot) gather(slot);
             if (sound) kernel.multiply(p, activations, first, 0, layout.tiles);
-        } else {
-#pragma omp parallel num_threads(int(workers))
-            {
-#pragma omp for schedule(static)
-                for (int64_t task = 0; task < tasks; ++task) gather(task);
-#pragma omp for schedule(dynamic, 1)
-                for (int64_t part = 0; part < parts; ++part) multiply(part);
-            }
+            continue;
         }
+        // A few tokens are gathered faster than threads meet, the more so on a machine where they wait for a core.
+#pragma omp parallel for schedule(static) num_threads(int(workers)) if (activations.tokens > kMaxTokens)
+        for (int64_t slot = 0; slot < activations.tokens; ++slot) gather(slot);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(int(workers))
+        for (int64_t part = 0; part < parts; ++part) multiply(part);
     }
     require(sound, "the column order names an input channel that does not exist");
 }
