@@ -45,7 +45,9 @@ def case(tmp_path_factory, model_folder, calibration_file):
         source, folder = model_folder(family), root / f"{family}-{preset}"
         pipeline.quantize(source, folder, preset=preset, calib=str(calibration_file), dtype="float32", **SETTINGS)
         original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-        return Case(source, folder, original, *(ptq161.load(folder, mode=mode) for mode in ("packed", "dense")))
+        return Case(
+            source, folder, original, *(ptq161.load(folder, mode=m, activations="float32") for m in ("packed", "dense"))
+        )
 
     return make
 
@@ -135,5 +137,5 @@ def test_linears_of_a_single_group_have_no_column_types_to_share(ratio, model_fo
     settings = SETTINGS | {"preset": "paper", "salient_ratio": ratio, "epochs": 0}
     pipeline.quantize(model_folder("llama"), tmp_path / "out", calib=str(calibration_file), dtype="float32", **settings)
     assert not any("column_types" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
-    packed, dense = (ptq161.load(tmp_path / "out", mode=mode) for mode in ("packed", "dense"))
+    packed, dense = (ptq161.load(tmp_path / "out", mode=m, activations="float32") for m in ("packed", "dense"))
     torch.testing.assert_close(logits(packed), logits(dense))

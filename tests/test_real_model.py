@@ -65,7 +65,8 @@ def test_perplexity_rises_within_bounds(quantized, original, wiki_text):
 
 def test_packed_equals_dense(quantized, original):
     prompt = original.tokenizer("The river rises in the mountains and", return_tensors="pt").input_ids
-    packed, dense = (ptq161.load(quantized[1], mode=mode, dtype=torch.float32) for mode in ("packed", "dense"))
+    settings = {"activations": "float32", "dtype": torch.float32}
+    packed, dense = (ptq161.load(quantized[1], mode=mode, **settings) for mode in ("packed", "dense"))
     assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 14
     with torch.no_grad():
         torch.testing.assert_close(packed(prompt).logits, dense(prompt).logits, rtol=1e-3, atol=1e-3)

@@ -76,7 +76,9 @@ def _parser() -> _Parser:
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
     generate.add_argument("--seed", type=int, default=0, metavar="S")
     generate.add_argument("--mode", choices=("auto", "packed", "dense"), default="auto", help="how weights are kept")
+    _activations_argument(generate, "int8")
     _device_arguments(generate)
+    _bench_arguments(command("bench", "speed of a packed model or of one shape against dense weights, on the CPU"))
     return parser
 
 
@@ -114,13 +116,32 @@ def _eval_arguments(parser: _Parser) -> None:
     add("--max-windows", type=int, metavar="N", help="only the first N windows of each text")
     add("--bos", action="store_true", help="put the BOS token before each window")
     add("--out", type=Path, metavar="results.jsonl", help="append the result as a row")
+    _activations_argument(parser, "float32")
     _device_arguments(parser)
+
+
+def _bench_arguments(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("path", nargs="?", metavar="PATH", help="packed folder")
+    add("--shape", type=_shape, metavar="RxC", help="one linear of R outputs and C inputs with random weights instead")
+    add("--threads", type=int, metavar="N", help="of the products (default: as torch has it)")
+    add("--tokens", type=int, action="append", metavar="T", help="with --shape: rows of activations (1 and 128)")
+    add("--format", choices=("mixed", "paper"), default="mixed", help="with --shape: column groups")
+    add("--rounds", type=int, metavar="N", help="turns of every contender (default 40 for a shape, 3 for a model)")
+    add("--prompt-tokens", type=int, default=128, metavar="T", help="with PATH: tokens to read first")
+    add("--new-tokens", type=int, default=32, metavar="T", help="with PATH: tokens to write")
+    add("--dense", choices=("both", "float32", "bfloat16", "none"), default="both", help="with PATH: what against")
 
 
 def _budget_arguments(parser: _Parser) -> None:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--bits", type=float, metavar="B", help="honest bits per weight to stay within, e.g. 1.61")
     budget.add_argument("--salient-ratio", type=float, metavar="R", help="share of the channels at 4 bits, e.g. 0.2")
+
+
+def _activations_argument(parser: _Parser, default: str) -> None:
+    text = f"of packed linears on a CPU with native kernels (default {default})"
+    parser.add_argument("--activations", choices=("int8", "float32"), default=default, help=text)
 
 
 def _device_arguments(parser: _Parser) -> None:
@@ -133,6 +154,13 @@ def _key_value(text: str) -> tuple[str, str]:
     if not equals or not key.strip():
         raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE, e.g. epochs=4")
     return key.strip(), value.strip()
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, cols = text.partition("x")
+    if not (rows.isdecimal() and cols.isdecimal() and int(rows) and int(cols)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected ROWSxCOLS, e.g. 2048x8192")
+    return int(rows), int(cols)
 
 
 def _block_range(text: str) -> tuple[int, int]:
