@@ -4,7 +4,8 @@
         --seqlen 512 --work DIR --out rows.jsonl
 
 Rows already in the output file are not computed again, and an interrupted quantization continues. `--seed` may be
-repeated. Every model is evaluated as `ptq161 eval` does it, in bfloat16, the original included.
+repeated. Every model is evaluated as `ptq161 eval --mode dense --dtype bfloat16` does it, the original
+included.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def main() -> None:
     finished = {(row["recipe"], row["seed"]) for row in rows}
 
     def evaluate(path: str | Path) -> dict[str, Any]:
-        model, tokenizer = open_model(path, dtype=torch.bfloat16, mode="auto")
+        model, tokenizer = open_model(path, dtype=torch.bfloat16, mode="dense")
         return {
             text: perplexity(model, evaluation_tokens(text, tokenizer), args.seqlen, max_windows=args.max_windows)
             for text in args.ppl

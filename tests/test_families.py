@@ -41,7 +41,7 @@ def case(tmp_path_factory, model_folder, calibration_file):
     root = tmp_path_factory.mktemp("packed")
 
     @functools.cache
-    def make(family, preset="paper"):
+    def make(family, preset):
         source, folder = model_folder(family), root / f"{family}-{preset}"
         pipeline.quantize(source, folder, preset=preset, calib=str(calibration_file), dtype="float32", **SETTINGS)
         original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
@@ -49,7 +49,7 @@ def case(tmp_path_factory, model_folder, calibration_file):
             source, folder, original, *(ptq161.load(folder, mode=m, activations="float32") for m in ("packed", "dense"))
         )
 
-    return make
+    return lambda family, preset="paper": make(family, preset)
 
 
 def dense_from_file(case):

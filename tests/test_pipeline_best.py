@@ -19,7 +19,7 @@ SETTINGS = {
     "preset": "best",
     "samples": 3,
     "seqlen": 16,
-    "bits": 2.6,
+    "bits": 3.0,
     "epochs": 2,
     "distill_tokens": 8 * 32,  # steps of two samples
     "distill_lr_latent": 1e-2,
@@ -81,7 +81,7 @@ def test_result_and_record_say_what_was_done(finished):
     assert json.loads(json.dumps(result)) == result
     done = result["distillation"]
     assert done.keys() == {
-        *("steps", "tokens", "distinct_tokens", "held_out_first", "held_out_last", "kept", "seconds"),
+        *("steps", "tokens", "distinct_tokens", "fresh", "held_out_first", "held_out_last", "kept", "seconds"),
     }
     assert (done["steps"], done["tokens"], done["distinct_tokens"]) == (STEPS, STEPS * 32, 16 * 16)
     assert done["kept"] and done["held_out_last"] < done["held_out_first"]
@@ -92,21 +92,26 @@ def test_result_and_record_say_what_was_done(finished):
     assert all(block["loss_last"] < block["loss_first"] for block in result["blocks"])
 
 
-def test_bits_stay_within_the_budget_in_three_groups(finished):
+def test_bits_stay_within_the_budget(finished):
     result, out = finished
-    assert 2.45 < result["bits_per_weight"] <= 2.6
+    assert 2.9 < result["bits_per_weight"] <= 3.0
     layout = layout_in(out)
     assert layout.bits_per_weight == result["bits_per_weight"]
-    assert {g.width for spec in layout.linears.values() for g in spec.layout.groups} == {"1bit", "ternary", "4bit"}
+    assert {g.width for spec in layout.linears.values() for g in spec.layout.groups} >= {"ternary", "4bit"}
     assert result["paper_bits"] is None
-    shared = 0
-    for name, spec in layout.linears.items():
-        owner = name.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_proj", "gate_proj")
-        assert spec.layout.groups == layout.linears[owner].layout.groups
-        several = len(spec.layout.groups) > 1
-        assert spec.columns_from == (owner if owner != name and several else None)
-        shared += spec.columns_from is not None
-    assert shared
+
+
+def test_linears_with_one_input_share_their_groups_and_store_the_types_once(run, tmp_path):
+    result = run(tmp_path / "out", preset="fast", bits=None, salient_ratio=0.2)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    owners = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    for name, spec in layout_in(tmp_path / "out").linears.items():
+        parent, _, leaf = name.rpartition(".")
+        owner = f"{parent}.{owners[leaf]}" if leaf in owners else None
+        assert spec.columns_from == owner
+        assert (f"{name}.column_types" in stored) == (owner is None)
+        assert [group.width for group in spec.layout.groups] == ["1bit", "ternary", "4bit"]
+    assert 0.15 < result["salient_ratio"] <= 0.2
 
 
 def test_progress_goes_on_through_the_distillation(run, tmp_path):
@@ -130,7 +135,7 @@ def test_loaded_model_is_the_student_norms_included(run, students, llama_folder,
         weights = student.weights(torch.float32)
         expected = torch.func.functional_call(original, weights, (tokens,), {"use_cache": False}).logits
         for mode in ("packed", "dense"):
-            found = ptq161.load(tmp_path / "out", mode=mode)(tokens, use_cache=False).logits
+            found = ptq161.load(tmp_path / "out", mode=mode, activations="float32")(tokens, use_cache=False).logits
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     for name, norm in student.norms.items():
@@ -188,7 +193,8 @@ def test_other_families_from_sixteen_bits(family, run, tokenizer, tmp_path):
     result = run(tmp_path / "out", model=model, tokenizer=tokenizer, dtype="auto", distill_tokens=64, bits=2.7)
     assert result["distillation"]["steps"] == 2
     tokens = torch.randint(4, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
-    packed, dense = (ptq161.load(tmp_path / "out", mode=mode, dtype=torch.float32) for mode in ("packed", "dense"))
+    settings = {"dtype": torch.float32, "activations": "float32"}
+    packed, dense = (ptq161.load(tmp_path / "out", mode=mode, **settings) for mode in ("packed", "dense"))
     with torch.no_grad():
         torch.testing.assert_close(packed(tokens).logits, dense(tokens).logits, rtol=1e-4, atol=1e-4)
 
@@ -270,7 +276,7 @@ def little_memory(monkeypatch):
 
 def test_too_little_memory_is_said_where_it_is_not_required(run, tmp_path, little_memory):
     result = run(tmp_path / "out")
-    assert result["distillation"].keys() == {"skipped"}
+    assert result["distillation"].keys() == {"skipped", "fresh"}
     assert result["distillation"]["skipped"].startswith("needs about ")
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["distillation"] == result["distillation"]
@@ -368,7 +374,7 @@ def test_dry_run_counts_what_distillation_takes(llama_folder, tmp_path, monkeypa
     assert with_it["disk_bytes"] - without["disk_bytes"] == 4 * 7 * weights  # latents; old and new state of three each
     assert with_it["flops"] - without["flops"] == 2 * weights * 4 * SETTINGS["distill_tokens"]
     assert with_it["peak_memory_bytes"] >= without["peak_memory_bytes"]
-    assert 2.4 < with_it["bits_per_weight"] <= SETTINGS["bits"]
+    assert 2.8 < with_it["bits_per_weight"] <= SETTINGS["bits"]
 
 
 @pytest.mark.parametrize("changes", [{"allocation": "uniform"}, {"bits": None, "salient_ratio": 0.2}], ids=str)

@@ -75,7 +75,7 @@ def _parser() -> _Parser:
     )
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
     generate.add_argument("--seed", type=int, default=0, metavar="S")
-    generate.add_argument("--mode", choices=("auto", "packed", "dense"), default="auto", help="how weights are kept")
+    _mode_argument(generate)
     _activations_argument(generate, "int8")
     _device_arguments(generate)
     _bench_arguments(command("bench", "speed of a packed model or of one shape against dense weights, on the CPU"))
@@ -115,6 +115,7 @@ def _eval_arguments(parser: _Parser) -> None:
     add("--seqlen", type=int, default=2048, metavar="L", help="tokens of a window (default 2048)")
     add("--max-windows", type=int, metavar="N", help="only the first N windows of each text")
     add("--bos", action="store_true", help="put the BOS token before each window")
+    _mode_argument(parser)
     add("--out", type=Path, metavar="results.jsonl", help="append the result as a row")
     _activations_argument(parser, "float32")
     _device_arguments(parser)
@@ -147,6 +148,11 @@ def _activations_argument(parser: _Parser, default: str) -> None:
 def _device_arguments(parser: _Parser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto (default): the GPU if there is one")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of tensors that are not quantized")
+
+
+def _mode_argument(parser: _Parser) -> None:
+    modes = ("auto", "packed", "dense")
+    parser.add_argument("--mode", choices=modes, default="auto", help="how the weights of a packed model are kept")
 
 
 def _key_value(text: str) -> tuple[str, str]:

@@ -88,7 +88,11 @@ def _eval(args: Namespace) -> int:
         for source in args.ppl:
             data.parse_source(source)
         model, tokenizer = sources.open_model(
-            args.path, device=machine.pick_device(args.device), dtype=_dtype(args), activations=args.activations
+            args.path,
+            device=machine.pick_device(args.device),
+            dtype=_dtype(args),
+            mode=args.mode,
+            activations=args.activations,
         )
         if args.bos and tokenizer.bos_token_id is None:
             raise InputError(f"--bos: the tokenizer of {args.path} has no BOS token; leave --bos out")
