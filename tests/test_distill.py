@@ -19,14 +19,13 @@ from ptq161.distill import (
     divergence,
     held_out_count,
     held_out_divergence,
-    memory_bytes,
     step_count,
-    student_of,
     tune,
 )
 from ptq161.errors import NonFiniteError
 from ptq161.latent import LatentWeight
 from ptq161.mixed import group_columns, mixed_weight
+from ptq161.student import memory_bytes, student_of
 
 CONFIG = QuantConfig(
     method="mixed",
@@ -155,6 +154,42 @@ def test_every_leaf_of_every_family_learns(family, dtype):
         assert leaf.grad is not None and leaf.grad.isfinite().all(), name
     assert all(norm.grad.abs().max() > 0 for norm in student.norms.values())
     assert all(latent.latent.grad.abs().max() > 0 for latent in student.latents.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_computed_again_change_nothing(family):
+    """Not one bit of loss or gradient, and the model is whole afterwards."""
+    model = tiny(family)
+    prefix, blocks = decoder_blocks(model)
+    modules = dict(model.named_modules())
+    names = tuple(f"{prefix}.{index}" for index in range(len(blocks)))
+    found = []
+    for recomputed in ((), names):
+        student = student_of(model, latents_of(model), recomputed)
+        loss = divergence(model, student, SAMPLES[:2])
+        loss.backward()
+        found.append([loss, *(leaf.grad for leaf in student.leaves().values())])
+    assert all(kept.equal(again) for kept, again in zip(*found, strict=True))
+    assert dict(model.named_modules()) == modules
+
+
+def test_blocks_computed_again_keep_less():
+    """What the backward pass holds on to, in bytes."""
+    model = tiny()
+    held = []
+    for recomputed in ((), ("model.layers.0", "model.layers.1")):
+        kept = 0
+
+        def count(tensor):
+            nonlocal kept
+            kept += tensor.untyped_storage().nbytes()
+            return tensor
+
+        student = student_of(model, latents_of(model), recomputed)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            divergence(model, student, SAMPLES[:2])
+        held.append(kept)
+    assert held[1] < 0.5 * held[0]
 
 
 # The run
@@ -324,5 +359,6 @@ def test_memory_grows_with_weights_and_tokens():
     assert memory_bytes(model, 2000, 10, CONFIG) - needed == 20 * 1000
     assert memory_bytes(model, 1000, 20, CONFIG) - needed == memory_bytes(model, 0, 10, CONFIG)
     assert memory_bytes(model, 0, 10, replace(CONFIG, distill_batch_size=4)) == 2 * memory_bytes(model, 0, 10, CONFIG)
+    assert memory_bytes(model, 1000, 10, CONFIG, recomputed=True) < 0.9 * needed
     per_token = memory_bytes(model, 0, 10, CONFIG) / 20
     assert per_token >= 3 * 4 * VOCABULARY and math.isfinite(per_token)

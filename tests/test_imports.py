@@ -29,7 +29,8 @@ ALLOWED = {
     "fit": "latent blocks binarize config machine",
     "methods": "fit mixed latent blocks binarize config",  # never linear, never kernels
     "walk": "methods fit latent sensitivity allocation discovery blocks budget layout packing binarize config",
-    "distill": "fit latent config",
+    "student": "fit latent config",
+    "distill": "student fit config",
     # running packed models
     "kernels": "packing binarize",
     "linear": "kernels layout packing binarize",
@@ -49,7 +50,9 @@ ALLOWED = {
     "evaluate": "data hf linear kernels packing binarize machine",
     "generation": "data",
     "inspection": "sources hf saving contents folder discovery blocks allocation layout packing config",
-    "pipeline": "walk distill methods blocks checkpoint hf folder inspection sources data layout config machine",
+    "pipeline": (
+        "walk distill student methods blocks checkpoint hf folder inspection sources data layout config machine"
+    ),
     "report": "",
     "arguments": "config",
     "terminal": "walk machine",

@@ -53,8 +53,8 @@ def students(monkeypatch):
     """Every student that a run tunes."""
     made, whole = [], pipeline.student_of
 
-    def student_of(model, latents):
-        made.append(whole(model, latents))
+    def student_of(*args):
+        made.append(whole(*args))
         return made[-1]
 
     monkeypatch.setattr(pipeline, "student_of", student_of)
@@ -302,6 +302,16 @@ def test_memory_that_went_while_it_ran_keeps_the_blocks(run, finished, tmp_path,
     seen = []
     run(tmp_path / "out", distill="required", on_progress=seen.append)
     assert {progress.phase for progress in seen} == {"distill"}
+    weights = "model.safetensors"
+    assert contents(tmp_path / "out")[weights] == contents(finished[1])[weights]
+
+
+def test_blocks_are_computed_again_where_memory_is_short(run, finished, tmp_path, monkeypatch, students):
+    """The same model to the last bit, whatever was free."""
+    monkeypatch.setattr(pipeline, "memory_bytes", lambda *args, recomputed=False: 50 if recomputed else 150)
+    monkeypatch.setattr(pipeline, "free_memory_bytes", lambda device: 100)
+    run(tmp_path / "out", distill="required")
+    assert students[0].recomputed == ("model.layers.0", "model.layers.1")
     weights = "model.safetensors"
     assert contents(tmp_path / "out")[weights] == contents(finished[1])[weights]
 

@@ -2,25 +2,24 @@
 
 The loss is the Kullback-Leibler divergence from the original's next-token distribution, per token. Learned are the
 latents and scales of every linear, as in the blocks, and the weights of the norms. The model in memory stays the
-original: the quantized one is the same modules called with other weights, so no second copy of it exists.
+original: the quantized one is the same modules called with other weights (`student`), so no second copy of it exists.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptq161.config import QuantConfig
 from ptq161.errors import NonFiniteError
-from ptq161.fit import latent_parameters, weight_arguments
-from ptq161.latent import LatentWeight
+from ptq161.fit import latent_parameters
+from ptq161.student import Student
 
 WARM_UP = 8  # steps over which the learning rates rise: the first gradients have no history to be scaled by
 LAST_RATE = 0.03  # share of the learning rates at which the cosine schedule ends
@@ -30,35 +29,6 @@ ROWS_AT_ONCE = 32  # of the loss: their distributions over the vocabulary stay i
 SECONDS_BETWEEN_SAVES = 300.0
 
 OnStep = Callable[[int, int, float], None]  # step, steps, divergence of the step
-
-
-@dataclass(frozen=True)
-class Student:
-    """What is tuned: latent weights by linear, and norm weights by parameter name, float32 leaves."""
-
-    latents: dict[str, LatentWeight]
-    norms: dict[str, Tensor]
-
-    def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Parameter name -> tensor for `torch.func.functional_call`: exactly what a file would hold."""
-        return weight_arguments({name: weight.dense(dtype) for name, weight in self.latents.items()}) | self.norms
-
-    def leaves(self) -> dict[str, Tensor]:
-        """Every tensor that is learned, by a name of its own."""
-        latents = {f"{name}.latent": weight.latent for name, weight in self.latents.items()}
-        gains = {f"{name}.gain": weight.gain for name, weight in self.latents.items()}
-        return latents | gains | self.norms
-
-
-def student_of(model: PreTrainedModel, latents: Mapping[str, LatentWeight]) -> Student:
-    """Latents of some linears, and copies of all norm weights: the vectors that belong to no linear."""
-    linears = {f"{name}." for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    norms = {
-        name: parameter.detach().float().clone().requires_grad_()
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 1 and name.endswith(".weight") and name.removesuffix("weight") not in linears
-    }
-    return Student(dict(latents), norms)
 
 
 class Distillation:
@@ -147,8 +117,7 @@ def divergence(model: PreTrainedModel, student: Student, tokens: Int64[Tensor, "
     with torch.autocast(device.type, torch.bfloat16):
         with torch.no_grad():
             wanted = model(tokens, use_cache=False).logits
-        weights = student.weights(torch.bfloat16)
-        actual = torch.func.functional_call(model, weights, (tokens,), {"use_cache": False}).logits
+        actual = student.logits(model, tokens)
     result: Tensor = _Divergence.apply(actual.flatten(0, 1), wanted.flatten(0, 1))  # type: ignore[no-untyped-call]
     return result
 
@@ -240,16 +209,3 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * (grad / len(gradient)), None
-
-
-def memory_bytes(model: PreTrainedModel, weights: int, seqlen: int, config: QuantConfig) -> int:
-    """Estimated memory on top of the model: `weights` latents learned on samples of `seqlen` tokens.
-
-    Per weight: latent, gradient and two moments in float32, the rounded weight and its gradient in bfloat16. Per token:
-    about 24 hidden states per block kept for the backward pass, and three rows of logits.
-    """
-    text = model.config.get_text_config()
-    vocabulary: int = text.vocab_size
-    tokens = config.distill_batch_size * seqlen
-    activations: int = 2 * 24 * text.hidden_size * text.num_hidden_layers
-    return weights * (4 * 4 + 2 * 2) + tokens * (activations + 3 * 4 * vocabulary)

@@ -20,7 +20,7 @@ from ptq161.blocks import float32_vectors
 from ptq161.checkpoint import WorkFolder, check_disk, check_out
 from ptq161.config import DEFAULT_PRESET, CalibrationConfig, Distill, QuantConfig, preset_named, unknown
 from ptq161.data import calibration_and_fresh_tokens
-from ptq161.distill import held_out_count, memory_bytes, step_count, student_of, tune
+from ptq161.distill import held_out_count, step_count, tune
 from ptq161.errors import InputError, Ptq161Error
 from ptq161.folder import tensor_checksum
 from ptq161.hf import save_packed
@@ -28,6 +28,7 @@ from ptq161.inspection import inspect, predict
 from ptq161.machine import free_memory_bytes, peak_rss_bytes, pick_device
 from ptq161.methods import METHODS
 from ptq161.sources import DenseModel, open_dense
+from ptq161.student import memory_bytes, student_of
 from ptq161.walk import OnProgress, Prepared, Progress, packed_tensors, prepare, walk
 
 __all__ = ["Progress", "plan", "quantize", "settings"]
@@ -163,7 +164,7 @@ def _distill(
     latents = {
         name: w.to(device) for name, w in work.load_latents(prepared.layout, prepared.first, prepared.last).items()
     }
-    student = student_of(model, latents)
+    student = student_of(model, latents, _recomputed_blocks(prepared, config, samples, device))
     record = tune(model, student, samples.to(device), config, work.load_distillation(), on_step, work.save_distillation)
     model.to(home)  # type: ignore[arg-type]
     if record["kept"]:
@@ -190,11 +191,23 @@ def _obstacle(prepared: Prepared, config: QuantConfig, samples: Tensor, device: 
             f"needs {config.distill_batch_size} samples besides a held-out one, and distill_tokens for them; there are "
             f"{len(samples)} of {samples.shape[1]} tokens, and distill_tokens={config.distill_tokens}"
         )
-    needed = memory_bytes(prepared.model, prepared.layout.quantized_weights, samples.shape[1], config)
+    weights, seqlen = prepared.layout.quantized_weights, samples.shape[1]
+    needed = memory_bytes(prepared.model, weights, seqlen, config, recomputed=True)
     available = free_memory_bytes(device)
     if available is None or needed <= available:
         return None
     return f"needs about {needed / 1e9:.1f} GB more memory, {available / 1e9:.1f} GB are free"
+
+
+def _recomputed_blocks(
+    prepared: Prepared, config: QuantConfig, samples: Tensor, device: torch.device
+) -> tuple[str, ...]:
+    """The blocks that distillation computes twice: none where memory suffices, which changes time and nothing else."""
+    available = free_memory_bytes(device)
+    needed = memory_bytes(prepared.model, prepared.layout.quantized_weights, samples.shape[1], config)
+    if available is None or needed <= available:
+        return ()
+    return tuple(f"{prepared.prefix}.{index}" for index in range(len(prepared.blocks)))
 
 
 def plan(
