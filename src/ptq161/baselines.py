@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ptq161.blocks import advance, check_weights
+from ptq161.blocks import advance, check_stats, check_weights, watch_inputs
 from ptq161.discovery import block_linears, decoder_blocks, first_hidden, trace, without_blocks
 from ptq161.errors import NonFiniteError
 from ptq161.methods.baseline import Baseline, BaselineTask, DenseWeight, Stream
@@ -77,7 +77,9 @@ def apply_baseline(
         with _on_device(block, device):
             call, linears = traced.calls[index].to(device), block_linears(model, index, block)
             check_weights(f"{prefix}.{index}", linears)
-            wanted = advance(block, call, full, device)
+            with watch_inputs(linears) as stats:
+                wanted = advance(block, call, full, device)
+            check_stats(f"{prefix}.{index}", stats)
             inputs = full if baseline.calibrates_on is Stream.FULL else quantized
             task = BaselineTask(index, block, linears, traced.columns_from[index], inputs, wanted, call)
             generator = torch.Generator().manual_seed(seed * 1_000_003 + index)

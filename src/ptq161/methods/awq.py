@@ -106,7 +106,7 @@ class Awq(Baseline):
             rounded = torch.cat(parts, dim=1)
         else:
             rounded = nearest(scaled, self.bits, self.group)
-        bits = uniform_bits(*weight.shape, self.bits, self.group)
+        bits = uniform_bits(weight.shape, self.bits, self.group)
         if owner:
             bits["input_scales"] = len(scale) * SCALE_BITS
         return DenseWeight(rounded / scale, bits)

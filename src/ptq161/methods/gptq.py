@@ -50,5 +50,5 @@ class Gptq(Baseline):
             grids = [minmax_grid(part[:, span], self.bits) for span in spans(part.shape[1], size)]
             return lambda position, values: grids[position // size].rounded(values)
 
-        bits = uniform_bits(*weight.shape, self.bits, self.group)
+        bits = uniform_bits(weight.shape, self.bits, self.group)
         return DenseWeight(compensate(weight, factor, fit), bits)

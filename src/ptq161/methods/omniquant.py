@@ -50,7 +50,7 @@ class OmniQuant(Baseline):
                         ],
                         dim=1,
                     ),
-                    uniform_bits(*weight.shape, self.bits, self.group),
+                    uniform_bits(weight.shape, self.bits, self.group),
                 )
                 for name, weight in weights.items()
             }

@@ -28,9 +28,7 @@ class RoundToNearest(Baseline):
     def __call__(self, task: BaselineTask, generator: torch.Generator) -> dict[str, DenseWeight]:
         weights = {name: linear.weight.detach().float() for name, linear in task.linears.items()}
         return {
-            name: DenseWeight(
-                nearest(weight, self.bits, self.group), uniform_bits(*weight.shape, self.bits, self.group)
-            )
+            name: DenseWeight(nearest(weight, self.bits, self.group), uniform_bits(weight.shape, self.bits, self.group))
             for name, weight in weights.items()
         }
 

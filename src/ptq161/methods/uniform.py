@@ -44,7 +44,8 @@ def spans(cols: int, group: int | None) -> list[slice]:
     return [slice(first, min(first + size, cols)) for first in range(0, cols, size)]
 
 
-def uniform_bits(rows: int, cols: int, bits: int, group: int | None) -> dict[str, int]:
-    """What codes, scales and zero points of such a weight take; a zero point has as many bits as a code."""
+def uniform_bits(shape: tuple[int, ...], bits: int, group: int | None) -> dict[str, int]:
+    """What codes, scales and zero points of a (rows, cols) weight take; a zero point is as wide as a code."""
+    rows, cols = shape
     groups = rows * len(spans(cols, group))
     return {"codes": rows * cols * bits, "scales": groups * SCALE_BITS, "zeros": groups * bits}
