@@ -137,6 +137,30 @@ def watch_inputs(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, InputSt
             handle.remove()
 
 
+@torch.no_grad()
+def second_moments(task: BlockTask, name: str, weights: Mapping[str, Tensor]) -> Float[Tensor, "cols cols"]:
+    """Sum of x x^T over the tokens of the quantized stream that reach a linear, float32, in cols^2 * 4 bytes.
+
+    weights: parameter name -> tensor, in place of the block's own. Raises NonFiniteError naming block and linear.
+    """
+    linear = task.linears[name]
+    moments = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
+
+    def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs = args[0].float().flatten(0, -2)
+        moments.addmm_(inputs.T, inputs)
+
+    handle = linear.register_forward_pre_hook(add)
+    try:
+        for index in range(len(task.quantized_in)):
+            task.call(task.block, task.sample(index)[0], weights)
+    finally:
+        handle.remove()
+    if not moments.isfinite().all():
+        raise NonFiniteError(f"the input of {name} in block {task.index} is not finite on the quantized stream.")
+    return moments
+
+
 def check_weights(where: str, linears: Mapping[str, nn.Linear]) -> None:
     """Raises NonFiniteError naming the first linear whose weight has NaN or infinite values."""
     for name, linear in linears.items():

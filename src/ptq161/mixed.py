@@ -21,7 +21,7 @@ _CANDIDATES = {"ternary": torch.linspace(0.6, 1.8, 25), "4bit": torch.linspace(0
 Widths = Sequence[tuple[str, int]]
 
 
-def group_columns(importance: Float[Tensor, " cols"], widths: Widths) -> list[Int64[Tensor, " gcols"]]:
+def group_columns(importance: Float[Tensor, " cols"], widths: Widths) -> list[Int64[Tensor, " _"]]:
     """The channels of each group, ascending: the most important ones go to the last group, the least to the first.
 
     Among equals the lower channel index counts as more important, so the groups do not depend on the machine.
@@ -32,7 +32,7 @@ def group_columns(importance: Float[Tensor, " cols"], widths: Widths) -> list[In
 
 def mixed_weight(
     weight: Float[Tensor, "rows cols"],
-    columns: list[Int64[Tensor, " gcols"]],
+    columns: list[Int64[Tensor, " _"]],
     widths: Widths,
     input_squares: Float[Tensor, " cols"],
 ) -> QuantizedWeight:

@@ -6,11 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ptq161.binarize import QuantizedWeight
-from ptq161.blocks import BlockTask
+from ptq161.binarize import QuantizedWeight, reconstruct
+from ptq161.blocks import BlockTask, second_moments
+from ptq161.compensation import compensated_weight, damped, damping_for
 from ptq161.config import QuantConfig
 from ptq161.errors import NonFiniteError
-from ptq161.fit import OnStep, fit_latents, measure
+from ptq161.fit import OnStep, fit_latents, measure, weight_arguments
 from ptq161.latent import LatentWeight
 from ptq161.methods.result import BlockResult
 from ptq161.mixed import group_columns, mixed_weight
@@ -24,7 +25,7 @@ def mixed(task: BlockTask, config: QuantConfig, on_step: OnStep) -> BlockResult:
 
     Randomness depends on (config.seed, task.index) only, so blocks can resume.
     """
-    start = _start(task)
+    start = _start(task) if config.epochs else _compensated_start(task)
     loss_first, outputs = measure(task, start, config)
     learn = replace(config, epochs=config.epochs)
     for _ in range(ATTEMPTS if config.epochs else 0):
@@ -45,15 +46,50 @@ def mixed(task: BlockTask, config: QuantConfig, on_step: OnStep) -> BlockResult:
 
 def _start(task: BlockTask) -> dict[str, QuantizedWeight]:
     """Every linear rounded to its widths; linears that see the same input share their column groups."""
-    importance: dict[str, Tensor] = {}
-    for name, linear in task.linears.items():
-        owner = task.columns_from.get(name, name)
-        harm = task.stats[name].square_sum * linear.weight.detach().float().square().sum(dim=0)
-        importance[owner] = importance[owner] + harm if owner in importance else harm
-    columns = {owner: group_columns(harm, task.widths[owner]) for owner, harm in importance.items()}
+    columns = _shared_columns(task)
     start = {}
     for name, linear in task.linears.items():
         stats = task.stats[name]
         chosen = columns[task.columns_from.get(name, name)]
         start[name] = mixed_weight(linear.weight.detach(), chosen, task.widths[name], stats.square_sum / stats.tokens)
     return start
+
+
+def _compensated_start(task: BlockTask) -> dict[str, QuantizedWeight]:
+    """The same with compensated codes, each shared input as it is once the linears before it are quantized.
+
+    Nothing is learned from here: learning would undo it (docs/decisions/0005).
+    """
+    start: dict[str, QuantizedWeight] = {}
+    for owner, columns in _shared_columns(task).items():
+        names = [name for name in task.linears if task.columns_from.get(name, name) == owner]
+        dense = weight_arguments({name: reconstruct(weight) for name, weight in start.items()})
+        moments = second_moments(task, owner, dense)
+        moments = damped(moments, damping_for(len(moments), task.stats[owner].tokens))
+        # Rows do not depend on each other: the linears that share the input are rounded as one.
+        weights = [task.linears[name].weight.detach() for name in names]
+        rounded = compensated_weight(torch.cat(weights), columns, task.widths[owner], moments)
+        start |= zip(names, _split_rows(rounded, [len(weight) for weight in weights]), strict=True)
+    return {name: start[name] for name in task.linears}
+
+
+def _split_rows(weight: QuantizedWeight, sizes: list[int]) -> list[QuantizedWeight]:
+    """The linears whose rows lie below one another in `weight`."""
+    split = [
+        [
+            replace(group, codes=codes, scale=scale)
+            for codes, scale in zip(group.codes.split(sizes), group.scale.split(sizes), strict=True)
+        ]
+        for group in weight.groups
+    ]
+    return [QuantizedWeight(groups) for groups in zip(*split, strict=True)]
+
+
+def _shared_columns(task: BlockTask) -> dict[str, list[Tensor]]:
+    """First linear of each shared input -> channels of each column group."""
+    importance: dict[str, Tensor] = {}
+    for name, linear in task.linears.items():
+        owner = task.columns_from.get(name, name)
+        harm = task.stats[name].square_sum * linear.weight.detach().float().square().sum(dim=0)
+        importance[owner] = importance[owner] + harm if owner in importance else harm
+    return {owner: group_columns(harm, task.widths[owner]) for owner, harm in importance.items()}
