@@ -19,6 +19,7 @@ from ptq161.binarize import reconstruct
 from ptq161.config import CalibrationConfig, QuantConfig
 from ptq161.data import calibration_tokens, evaluation_tokens
 from ptq161.evaluate.perplexity import perplexity
+from ptq161.inspection import predict
 from ptq161.layout import ModelLayout
 from ptq161.packing import COLUMN_TYPES, PackedWeight, unpack
 from ptq161.sources import open_dense
@@ -110,7 +111,7 @@ def main() -> None:
             variant,
             changes=changes,
             bits_per_weight=prepared.layout.bits_per_weight,
-            salient_ratio=prepared.ratio,
+            salient_ratio=predict(model, prepared.layout, None)["salient_ratio"],
             perplexity=evaluate(model),
             blocks=records,
             seconds=seconds,

@@ -1,6 +1,6 @@
 """Packed tiny models without the pipeline: linears quantized with their initial factors, saved and read back."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -8,7 +8,7 @@ from families import FAMILIES, build
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptq161.binarize import QuantizedWeight, quantize_weight, reconstruct, salient_columns
+from ptq161.binarize import CODE_WIDTHS, ColumnGroup, QuantizedWeight, quantize_weight, reconstruct, salient_columns
 from ptq161.config import SalientRange
 from ptq161.hf import save_packed
 from ptq161.layout import ModelLayout, PackedLinearSpec
@@ -23,6 +23,39 @@ def random_weight(rows: int, cols: int, salient: int, row_mean: bool = True, see
     weight = torch.randn(rows, cols, generator=generator)
     mask = salient_columns(torch.rand(cols, generator=generator), salient)
     return quantize_weight(weight, mask, salient_range=SalientRange.ROW, row_mean=row_mean)
+
+
+def random_groups(
+    rows: int, sizes: Mapping[str, int] | Sequence[tuple[str, int]], paper: bool = False, seed: int = 0
+) -> QuantizedWeight:
+    """Random codes in column groups of these widths and sizes, columns in random places.
+
+    paper: signs have a mean and a column scale, 4-bit groups a zero, as in the paper's format. Ternary groups never do.
+    """
+    pairs = list(sizes.items() if isinstance(sizes, Mapping) else sizes)
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.randperm(sum(count for _, count in pairs), generator=generator)
+    groups, start = [], 0
+    for name, count in pairs:
+        width = CODE_WIDTHS[name]
+        digits = torch.randint(width.count, (rows, count), generator=generator)
+        factors = {}
+        if paper and name == "1bit":
+            factors["mean"] = 0.01 * torch.randn(rows, 1, generator=generator)
+            factors["col"] = 0.5 + torch.rand(1, count, generator=generator)
+        if paper and name == "4bit":
+            factors["zero"] = width.lowest + width.step * torch.randint(16, (rows, 1), generator=generator).float()
+        groups.append(
+            ColumnGroup(
+                columns=places[start : start + count].sort().values,
+                width=width,
+                codes=(digits * width.step + width.lowest).to(torch.int8),
+                scale=0.01 + 0.02 * torch.rand(rows, 1, generator=generator),
+                **factors,
+            )
+        )
+        start += count
+    return QuantizedWeight(tuple(groups))
 
 
 def quantize_linears(

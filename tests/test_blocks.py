@@ -5,7 +5,7 @@ import torch
 from families import FAMILIES, REFUSED, VOCABULARY, build
 from torch import nn
 
-from ptq161.blocks import InputStats, advance, check_stats, check_weights, watch_inputs
+from ptq161.blocks import InputStats, advance, check_stats, check_weights, float32_vectors, watch_inputs
 from ptq161.discovery import (
     block_linears,
     config_shapes,
@@ -213,6 +213,7 @@ def test_statistics_by_hand():
     assert stats.tokens == 3
     assert stats.absmax.tolist() == [4.0, 2.0, 0.0]
     assert stats.abs_sum.tolist() == [8.0, 3.5, 0.0]
+    assert stats.square_sum.tolist() == [26.0, 5.25, 0.0]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -234,3 +235,18 @@ def test_inputs_that_are_not_finite_or_missing_are_named():
     stats.update(torch.tensor([[1.0, float("nan")]]))
     with pytest.raises(NonFiniteError, match=r"input of block\.0\.linear is not finite"):
         check_stats("block.0", {"linear": stats})
+
+
+def test_vectors_are_float32_copies_inside_and_the_originals_afterwards():
+    model = build(FAMILIES["opt"]()).to(torch.bfloat16).requires_grad_(False)
+    before = {name: (tensor, tensor.clone()) for name, tensor in model.named_parameters()}
+    with pytest.raises(KeyError), float32_vectors(model):
+        for name, parameter in model.named_parameters():
+            assert parameter.dtype == (torch.float32 if parameter.ndim == 1 else torch.bfloat16)
+            assert parameter.equal(before[name][1].to(parameter.dtype))
+            if parameter.ndim == 1:
+                parameter.add_(1)
+        raise KeyError
+    for name, parameter in model.named_parameters():
+        original, value = before[name]
+        assert parameter is original and parameter.dtype == torch.bfloat16 and parameter.equal(value)

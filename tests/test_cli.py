@@ -16,7 +16,10 @@ from ptq161.arguments import parse, quantize_settings
 from ptq161.errors import InputError
 
 SOURCE = str(Path(__file__).parents[1] / "src")
-QUICK = ["--samples", "4", "--seqlen", "24", "--epochs", "1", "--salient-ratio", "0.25", "--device", "cpu"]
+QUICK = [
+    *("--preset", "paper", "--samples", "4", "--seqlen", "24", "--epochs", "1"),
+    *("--salient-ratio", "0.25", "--device", "cpu"),
+]
 
 
 @pytest.fixture
@@ -91,7 +94,7 @@ def test_tasks_are_not_offered(refused):
 
 
 def test_nothing_given_is_the_preset():
-    assert values() == {"preset": "paper"}
+    assert values() == {"preset": "best"}
 
 
 def test_every_option_reaches_the_pipeline():
@@ -201,6 +204,7 @@ def test_argument_module_knows_every_command():
             "inspect": [],
             "verify": [],
             "generate": ["--prompt", "x"],
+            "bench": [],
         }.items()
     }
     assert parsed == cli.COMMANDS.keys()
@@ -214,14 +218,55 @@ def test_quantize_json(packed):
     result, stderr, out = packed
     assert result.keys() >= {
         *("bits_per_weight", "paper_bits", "file_bytes", "quantized_weights", "dense_linears", "seconds"),
-        *("peak_rss_bytes", "blocks"),
+        *("peak_rss_bytes", "blocks", "distillation"),
     }
+    assert result["distillation"] is None  # the paper's method ends with the blocks
     assert result["file_bytes"] == sum(file.stat().st_size for file in out.glob("*.safetensors"))
     assert [block["index"] for block in result["blocks"]] == [0, 1]
     lines = [line for line in stderr if line.startswith("block ")]
     assert len(lines) == 2  # stderr is no terminal there: one line for each block
     assert "loss" in lines[0] and "left" in lines[0] and "memory" in lines[0]
     assert not [line for line in stderr if "%|" in line or "Warning" in line], stderr
+
+
+BEST = [
+    *("--preset", "best", "--samples", "3", "--seqlen", "16", "--epochs", "1", "--bits", "2.6", "--device", "cpu"),
+    *("--set", "distill_tokens=128"),
+]
+
+
+def test_quantize_json_with_distillation(ptq161, tmp_path, llama_folder, calibration_file):
+    words = ["quantize", llama_folder, tmp_path / "out", "--calib", calibration_file, *BEST]
+    status, out, err = ptq161(*words, "--json")
+    assert status == 0, err
+    done = json.loads(out)["distillation"]
+    assert (done["steps"], done["tokens"], done["distinct_tokens"]) == (4, 128, 128)
+    assert done.keys() >= {"held_out_first", "held_out_last", "kept", "seconds"}
+    lines = [line for line in err if line.startswith("distill ")]
+    assert len(lines) == 4 and all("divergence" in line and "left" in line for line in lines)
+    assert lines[-1].startswith("distill 4/4 ")
+
+
+def test_quantize_for_people_with_distillation(ptq161, tmp_path, llama_folder, calibration_file, monkeypatch):
+    words = ["quantize", llama_folder, tmp_path / "out", "--calib", calibration_file, *BEST]
+    status, out, _ = ptq161(*words)
+    assert status == 0
+    assert "distillation: 4 steps, 128 tokens, " in out and "divergence on held-out samples " in out
+    monkeypatch.setattr("ptq161.pipeline.free_memory_bytes", lambda device: 1000)
+    status, out, _ = ptq161(*words, "--overwrite")
+    assert status == 0
+    assert "warning: no distillation, the blocks stay as they are: it needs about " in out
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_distillation_that_did_not_help_is_said(capsys, kept):
+    from ptq161 import terminal
+
+    record = {"steps": 3, "tokens": 96, "held_out_first": 0.5, "held_out_last": 0.25, "kept": kept, "seconds": 1.0}
+    terminal._show_distillation(terminal.console(), record)
+    out = capsys.readouterr().out
+    assert "distillation: 3 steps, 96 tokens, 1.0 s; divergence on held-out samples 0.5000 -> 0.2500\n" in out
+    assert ("warning: distillation ended no better than it began" in out) is not kept
 
 
 def test_quantize_for_people(ptq161, tmp_path, llama_folder, calibration_file):
@@ -249,6 +294,7 @@ def test_warning_names_every_block_that_got_no_better(capsys):
     result = {
         **{"bits_per_weight": 1.61, "paper_bits": None, "file_bytes": 5, "quantized_weights": 9, "dense_linears": 0},
         **{"salient_ratio": 0.2, "seconds": 1.0, "peak_rss_bytes": 1, "blocks": blocks},
+        "distillation": None,
     }
     terminal.show_quantized(terminal.console(), result, None, [])
     assert "warning: the stored loss is not below its start in block 1, 2\n" in capsys.readouterr().out
@@ -409,8 +455,8 @@ def test_unknown_method(quantize_refused):
 
 def test_unreachable_bits(refused, tmp_path, llama_folder, calibration_file):
     words = ["quantize", llama_folder, tmp_path / "out", "--calib", calibration_file, "--samples", "4"]
-    line = refused(*words, "--seqlen", "24", "--bits", "1.61")
-    assert "bits=1.61 cannot be reached" in line and "lowest figure" in line
+    line = refused(*words, "--seqlen", "24", "--bits", "1.1")
+    assert "bits=1.1 cannot be reached" in line and "lowest figure" in line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -522,7 +568,11 @@ def test_progress_on_a_terminal(monkeypatch):
         meter(Progress(2, 0, 4, "targets", 0, 1, None, 5.0))
         meter(Progress(2, 0, 4, "learn", 1, 2, 0.125, 10.0))
         meter.bar.refresh()
+        meter(Progress(4, 0, 4, "distill", 5, 20, 0.75, 60.0))
+        meter.bar.refresh()
     drawn = screen.getvalue()
+    assert "distill 5/20" in drawn and "divergence 0.75" in drawn and "180 s left" not in drawn
+    assert "3:00 min left" in drawn
     assert "block 3/4 learn" in drawn and "loss 0.125" in drawn
     assert "30 s left" in drawn  # half a block of the two left took 10 s
 

@@ -6,8 +6,10 @@ import pytest
 
 from ptq161.config import (
     PRESETS,
+    Allocation,
     CalibrationConfig,
     Compute,
+    Distill,
     Magnitude,
     QuantConfig,
     SalientRange,
@@ -50,6 +52,11 @@ def test_settings_cannot_be_changed_in_place(settings):
         ("angular", "1", True),
         ("row_mean", False, False),
         ("method", "ptq161", "ptq161"),
+        ("magnitude", "relative", Magnitude.RELATIVE),
+        ("allocation", "uniform", Allocation.UNIFORM),
+        ("distill", "required", Distill.REQUIRED),
+        ("distill_fresh", "no", False),
+        ("distill_tokens", 1e6, 1_000_000),
     ],
 )
 def test_override_takes_text_and_toml_values(key, text, value):
@@ -82,6 +89,8 @@ def test_sources_are_one_or_several(value, expected):
         ({"lr_scale": [1]}, "setting lr_scale=[1]: expected float"),
         ({"angular": "maybe"}, "setting angular='maybe': expected bool"),
         ({"statistic": "max"}, "setting statistic='max': expected absmax or absmean"),
+        ({"distill": "maybe"}, "setting distill='maybe': expected off or auto or required"),
+        ({"allocation": "hessian"}, "setting allocation='hessian': expected fisher or uniform"),
         ({"compute": ""}, "setting compute='': expected auto or bfloat16 or float32"),
     ],
 )
@@ -109,6 +118,13 @@ def test_override_that_does_not_fit_is_named(values, message):
         {"batch_size": 0},
         {"lr_scale": -1e-3},
         {"lr_angular": float("inf")},
+        {"lr_latent": float("nan")},
+        {"allocation_samples": 0},
+        {"distill_tokens": 0},
+        {"distill_passes": 0},
+        {"distill_batch_size": 0},
+        {"distill_lr_latent": -1e-3},
+        {"distill_lr_scale": float("inf")},
     ],
 )
 def test_values_out_of_range_are_refused(values):
@@ -128,9 +144,15 @@ def test_calibration_out_of_range_is_refused(values, named):
 def test_presets():
     assert preset_named("paper").quant == QuantConfig()
     assert preset_named("paper").calibration == CalibrationConfig(("wikitext2",), samples=128, seqlen=2048)
-    assert preset_named("fast").quant.epochs < preset_named("paper").quant.epochs
+    fast, best = preset_named("fast"), preset_named("best")
+    assert fast.quant.method == best.quant.method == "mixed"
+    assert dataclasses.replace(best.quant, distill=Distill.OFF) == fast.quant
+    assert (fast.quant.distill, best.quant.distill) == (Distill.OFF, Distill.AUTO)
+    assert fast.calibration == best.calibration == CalibrationConfig(("wikitext2",), samples=32, seqlen=512)
     assert all(entry.purpose for entry in PRESETS.values())
-    with pytest.raises(InputError, match=r"unknown preset 'papr' \(did you mean 'paper'\?\); expected one of: paper, "):
+    with pytest.raises(
+        InputError, match=r"unknown preset 'papr' \(did you mean 'paper'\?\); expected one of: best, fast, paper"
+    ):
         preset_named("papr")
 
 

@@ -11,6 +11,7 @@ from ptq161.config import CalibrationConfig
 from ptq161.data import (
     DocumentRange,
     Source,
+    calibration_and_fresh_tokens,
     calibration_tokens,
     check_length,
     evaluation_tokens,
@@ -257,6 +258,81 @@ def test_self_needs_the_model_and_mixes_with_files(calibration_file, tokenizer):
     assert torch.equal(samples, calibration_tokens(settings, tokenizer, model))
     text = calibration_file.read_text(encoding="utf-8")
     assert [decoded(sample, tokenizer) in text for sample in samples] == [False] * 3 + [True] * 2
+
+
+def windows(samples):
+    return {tuple(sample) for sample in samples.tolist()}
+
+
+def test_fresh_windows_are_no_calibration_samples_and_leave_these_alone(calibration_file, tokenizer):
+    settings = CalibrationConfig(sources=(str(calibration_file),), samples=20, seqlen=50)
+    samples, fresh = calibration_and_fresh_tokens(settings, 30, tokenizer)
+    assert (samples.shape, fresh.shape) == ((20, 50), (30, 50))
+    assert torch.equal(samples, calibration_tokens(settings, tokenizer))
+    assert len(windows(samples) | windows(fresh)) == 50
+    text = calibration_file.read_text(encoding="utf-8")
+    places = [text.index(decoded(sample, tokenizer)) for sample in fresh]
+    assert all(place % 50 == 0 for place in places) and places != sorted(places)
+    again, other = (
+        calibration_and_fresh_tokens(settings.replaced({"seed": seed}), 30, tokenizer)[1] for seed in (0, 1)
+    )
+    assert torch.equal(fresh, again) and not torch.equal(fresh, other)
+
+
+def test_no_fresh_windows_where_none_are_asked_for(calibration_file, tokenizer):
+    settings = CalibrationConfig(sources=(str(calibration_file),), samples=3, seqlen=50)
+    assert calibration_and_fresh_tokens(settings, 0, tokenizer)[1].shape == (0, 50)
+
+
+def test_fresh_windows_are_shared_over_sources_and_shuffled(tmp_path, tokenizer):
+    paths = [tmp_path / f"{letter}.txt" for letter in "abc"]
+    for path in paths:
+        path.write_text(path.stem * 40, encoding="utf-8")  # ten windows each
+    settings = CalibrationConfig(sources=tuple(map(str, paths)), samples=6, seqlen=4)
+    samples, fresh = calibration_and_fresh_tokens(settings, 11, tokenizer)
+    assert [decoded(sample, tokenizer)[0] for sample in samples] == list("aabbcc")
+    letters = [decoded(sample, tokenizer)[0] for sample in fresh]
+    assert sorted(letters) == list("aaaabbbbccc") and letters != sorted(letters)
+
+
+def test_a_short_text_gives_as_many_fresh_windows_as_are_left(tmp_path, tokenizer):
+    long, short = tmp_path / "a.txt", tmp_path / "b.txt"
+    long.write_text("a" * 80, encoding="utf-8")
+    short.write_text("b" * 15, encoding="utf-8")  # three windows of four, one of them a sample
+    settings = CalibrationConfig(sources=(str(long), str(short)), samples=2, seqlen=4)
+    _, fresh = calibration_and_fresh_tokens(settings, 10, tokenizer)
+    assert sorted(decoded(sample, tokenizer)[0] for sample in fresh) == list("aaaaabb")
+    _, none = calibration_and_fresh_tokens(settings.replaced({"sources": str(short), "samples": 3}), 10, tokenizer)
+    assert none.shape == (0, 4)
+
+
+@pytest.mark.parametrize("order", [("self", "file"), ("file", "self")])
+def test_fresh_text_of_the_model_leaves_the_samples_alone(order, calibration_file, tokenizer):
+    sources = tuple({"file": str(calibration_file)}.get(name, name) for name in order)
+    settings = CalibrationConfig(sources=sources, samples=5, seqlen=12)
+    model = build(FAMILIES["llama"]())
+    samples, fresh = calibration_and_fresh_tokens(settings, 4, tokenizer, model)
+    assert torch.equal(samples, calibration_tokens(settings, tokenizer, model))
+    assert len(fresh) == 4 and not windows(samples) & windows(fresh)
+
+
+def test_fresh_tokens_beyond_the_vocabulary_are_refused(tmp_path, tokenizer):
+    path = tmp_path / "x.txt"
+    path.write_text("a" * 60 + "Z" * 60, encoding="utf-8")
+    config = FAMILIES["llama"]()
+    config.vocab_size = tokenizer("Z", add_special_tokens=False).input_ids[0]
+    model = build(config)
+    refused = 0
+    for seed in range(4):  # some seeds draw samples of `a` alone
+        settings = CalibrationConfig(sources=(str(path),), samples=1, seqlen=10, seed=seed)
+        try:
+            calibration_tokens(settings, tokenizer, model)
+        except InputError:
+            continue
+        with pytest.raises(InputError, match="beyond the model's vocabulary"):
+            calibration_and_fresh_tokens(settings, 11, tokenizer, model)
+        refused += 1
+    assert refused
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(calibration_file, tokenizer):

@@ -6,18 +6,24 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from ptq161 import cli
 from ptq161.arguments import parse, quantize_settings
+from ptq161.binarize import FOUR_BIT, ONE_BIT, ColumnGroup, QuantizedWeight
+from ptq161.linear import PackedLinear
+from ptq161.packing import pack
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"\s*(\.venv/bin/)?ptq161 ")
+FORMATS = [("paper", []), ("best", ["--set", "distill_tokens=128"])]  # preset, what makes it tiny besides TINY
 TINY = ["--salient-ratio", "0.2", "--samples", "4", "--seqlen", "16", "--epochs", "1"]
 
 
@@ -101,8 +107,11 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("preset", "settings_of_preset"), FORMATS)
 def test_demo_writes_its_page_and_does_nothing_twice(
     demo: ModuleType,
+    preset: str,
+    settings_of_preset: list[str],
     llama_folder: Path,
     calibration_file: Path,
     tmp_path: Path,
@@ -112,7 +121,7 @@ def test_demo_writes_its_page_and_does_nothing_twice(
         name="Tiny <llama>",
         model=llama_folder,
         text=calibration_file,
-        quantize=tuple(TINY),
+        quantize=("--preset", preset, *TINY, *settings_of_preset),
         seqlen=32,
         windows=2,
         prompts=("The river",),
@@ -123,7 +132,8 @@ def test_demo_writes_its_page_and_does_nothing_twice(
     )
     demo.main(settings)
     first, page = capfd.readouterr().out, settings.report.read_text()
-    assert "Tiny &lt;llama&gt; at" in page and "does not talk sense" in page
+    assert "Tiny &lt;llama&gt; at" in page and "neither picked nor edited" in page
+    assert ("ternary" in page) == ("nats per token" in page) == (preset == "best")
     shown = [line[2:] for line in first.splitlines() if line.startswith("$ ")]
     assert [shlex.split(line)[1] for line in shown] == ["quantize", "eval", "eval", "generate", "generate", "inspect"]
     for line in shown:
@@ -194,21 +204,60 @@ def test_demo_stops_at_a_command_that_fails(
     assert not settings.report.exists()
 
 
+def test_settings_of_the_demo_are_ones_that_exist(demo: ModuleType) -> None:
+    quantize_settings(parse(["quantize", "model", "out", *demo.Settings().quantize, "--calib", "text.txt"]))
+
+
+LEVELS = {"1bit": {-1, 1}, "ternary": {-1, 0, 1}, "4bit": set(range(-15, 16, 2))}
+
+
 @pytest.mark.slow
-def test_channels_of_the_demo_are_those_that_the_mask_keeps(
-    demo: ModuleType, llama_folder: Path, calibration_file: Path, tmp_path: Path
+@pytest.mark.parametrize(("preset", "settings_of_preset"), FORMATS)
+def test_channels_of_the_demo_are_wider_the_more_they_count(
+    demo: ModuleType,
+    preset: str,
+    settings_of_preset: list[str],
+    llama_folder: Path,
+    calibration_file: Path,
+    tmp_path: Path,
 ) -> None:
     import channels
 
     packed = tmp_path / "packed"
-    assert cli.main(["quantize", str(llama_folder), str(packed), "--calib", str(calibration_file), *TINY]) == 0
+    tiny = ["--preset", preset, *TINY, *settings_of_preset]
+    assert cli.main(["quantize", str(llama_folder), str(packed), "--calib", str(calibration_file), *tiny]) == 0
     measured = channels.measure(llama_folder, packed)
-    assert len(measured["channels"]) == 3
+    expected = ["1bit", "ternary", "4bit"] if preset == "best" else ["1bit", "4bit"]
+    assert [shown["block"] for shown in measured["channels"]] == [0, 0, 1]
     for shown in measured["channels"]:
-        kept = [m for m, salient in zip(shown["magnitude"], shown["salient"], strict=True) if salient]
-        left = [m for m, salient in zip(shown["magnitude"], shown["salient"], strict=True) if not salient]
-        assert kept and min(kept) >= max(left) * (1 - 1e-4)
+        assert ("²" in shown["measure"]) == (preset == "best")
+        by_width = {
+            width: [m for m, other in zip(shown["importance"], shown["widths"], strict=True) if other == width]
+            for width in expected
+        }
+        assert sum(len(values) for values in by_width.values()) == len(shown["importance"])
+        for narrow, wide in pairwise(expected):
+            assert max(by_width[narrow]) * (1 - 1e-4) <= min(by_width[wide])
     corner = measured["corner"]
+    first, count = corner["first_channel"], len(corner["widths"])
+    assert corner["widths"] == measured["channels"][0]["widths"][first : first + count]
+    assert set(corner["widths"]) == set(expected)
     for row in corner["codes"]:
-        for level, salient in zip(row, corner["salient"], strict=True):
-            assert level in (range(16) if salient else (-1, 1))
+        for level, width in zip(row, corner["widths"], strict=True):
+            assert level in LEVELS[width]
+
+
+def test_corner_starts_where_every_width_is_near(demo: ModuleType) -> None:
+    import channels
+
+    rows, cols = 3, 100
+    for where in (0, 60, 83):
+        narrow, wide = torch.tensor([c for c in range(cols) if c != where]), torch.tensor([where])
+        groups = [
+            ColumnGroup(columns, width, torch.ones(rows, len(columns), dtype=torch.int8), torch.ones(rows, 1))
+            for columns, width in ((narrow, ONE_BIT), (wide, FOUR_BIT))
+        ]
+        corner = channels.corner("linear", PackedLinear.of(pack(QuantizedWeight(tuple(groups)))))
+        assert len(corner["widths"]) == channels.CORNER_COLUMNS
+        assert corner["first_channel"] == max(0, where - channels.NARROW_COLUMNS + 1)
+        assert corner["widths"].index("4bit") == where - corner["first_channel"]

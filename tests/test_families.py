@@ -37,17 +37,19 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory, model_folder, calibration_file):
-    """Family -> its Case, quantized once; everything that is not packed stays float32."""
+    """Family and preset -> its Case, quantized once; everything that is not packed stays float32."""
     root = tmp_path_factory.mktemp("packed")
 
     @functools.cache
-    def make(family):
-        source, folder = model_folder(family), root / family
-        pipeline.quantize(source, folder, calib=str(calibration_file), dtype="float32", **SETTINGS)
+    def make(family, preset):
+        source, folder = model_folder(family), root / f"{family}-{preset}"
+        pipeline.quantize(source, folder, preset=preset, calib=str(calibration_file), dtype="float32", **SETTINGS)
         original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-        return Case(source, folder, original, *(ptq161.load(folder, mode=mode) for mode in ("packed", "dense")))
+        return Case(
+            source, folder, original, *(ptq161.load(folder, mode=m, activations="float32") for m in ("packed", "dense"))
+        )
 
-    return make
+    return lambda family, preset="paper": make(family, preset)
 
 
 def dense_from_file(case):
@@ -69,9 +71,10 @@ def logits(model):
     return model(PROMPT, use_cache=False).logits
 
 
+@pytest.mark.parametrize("preset", ["paper", "fast"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_model_computes_what_its_file_holds(family, case):
-    case = case(family)
+def test_packed_model_computes_what_its_file_holds(family, preset, case):
+    case = case(family, preset)
     expected = logits(dense_from_file(case))
     torch.testing.assert_close(logits(case.packed), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits(case.dense), expected, rtol=1e-4, atol=1e-4)
@@ -109,7 +112,8 @@ def test_every_linear_of_the_blocks_is_packed_and_nothing_else(family, case):
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
 def test_checkpoint_in_bfloat16_loads_and_generates(family, model_folder, calibration_file, tmp_path):
     out = tmp_path / "out"
-    pipeline.quantize(model_folder(family), out, calib=str(calibration_file), dtype="bfloat16", **SETTINGS)
+    settings = SETTINGS | {"preset": "paper", "dtype": "bfloat16"}
+    pipeline.quantize(model_folder(family), out, calib=str(calibration_file), **settings)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16
     assert logits(model).isfinite().all()
@@ -130,8 +134,8 @@ def test_family_with_weights_outside_linears_is_refused_and_nothing_is_written(
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0])
 def test_linears_of_a_single_group_have_no_column_types_to_share(ratio, model_folder, calibration_file, tmp_path):
-    settings = SETTINGS | {"salient_ratio": ratio, "epochs": 0}
+    settings = SETTINGS | {"preset": "paper", "salient_ratio": ratio, "epochs": 0}
     pipeline.quantize(model_folder("llama"), tmp_path / "out", calib=str(calibration_file), dtype="float32", **settings)
     assert not any("column_types" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
-    packed, dense = (ptq161.load(tmp_path / "out", mode=mode) for mode in ("packed", "dense"))
+    packed, dense = (ptq161.load(tmp_path / "out", mode=m, activations="float32") for m in ("packed", "dense"))
     torch.testing.assert_close(logits(packed), logits(dense))

@@ -7,13 +7,25 @@ import pytest
 import torch
 from families import FAMILIES, VOCABULARY, build
 
-from ptq161.binarize import QuantizedWeight, quantize_weight, reconstruct
+from ptq161.binarize import QuantizedWeight, quantize_weight, reconstruct, salient_count
 from ptq161.blocks import BlockTask, advance, watch_inputs
 from ptq161.config import Compute, Magnitude, QuantConfig
 from ptq161.discovery import block_linears, decoder_blocks, first_hidden, trace
 from ptq161.errors import NonFiniteError
-from ptq161.fit import SMALLEST_COSINE, block_distance, fit_block, measure, objective, weight_arguments
+from ptq161.fit import (
+    LAST_RATE,
+    SMALLEST_COSINE,
+    block_distance,
+    fit_block,
+    fit_latents,
+    latent_parameters,
+    measure,
+    objective,
+    weight_arguments,
+)
+from ptq161.latent import LatentWeight
 from ptq161.methods.ptq161 import block_masks
+from ptq161.mixed import group_columns, mixed_weight
 
 CPU = torch.device("cpu")
 CONFIG = QuantConfig(
@@ -26,6 +38,12 @@ CONFIG = QuantConfig(
     lr_angular=4e-3,
     compute=Compute.FLOAT32,
 )
+
+
+def paper_widths(cols, ratio):
+    """The paper's column groups at a salient ratio: those that are not empty."""
+    salient = salient_count(ratio, cols)
+    return tuple((name, count) for name, count in (("1bit", cols - salient), ("4bit", salient)) if count)
 
 
 def block_task(family="llama", samples=4, seq=12):
@@ -50,7 +68,7 @@ def block_task(family="llama", samples=4, seq=12):
         local_out=advance(blocks[0], traced.calls[0], drifted, CPU),
         call=traced.calls[0],
         stats=stats,
-        salient_ratio=0.2,
+        widths={name: paper_widths(linear.in_features, 0.2) for name, linear in linears.items()},
     )
 
 
@@ -88,6 +106,7 @@ WANTED = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]])  # cosines 0 and 1; errors (1,
     [
         ({"magnitude": Magnitude.MSE, "angular": False}, 6 / 4),
         ({"magnitude": Magnitude.L2, "angular": False}, (math.sqrt(2) + 2) / 2),
+        ({"magnitude": Magnitude.RELATIVE, "angular": False}, (2 / 1 + 4 / 1) / 2),
         ({"magnitude": Magnitude.MSE, "angular": True}, 6 / 4 + math.log(2)),
         ({"magnitude": Magnitude.L2, "angular": True}, (math.sqrt(2) + 2) / 2 + math.log(2)),
     ],
@@ -110,6 +129,16 @@ def test_opposite_directions_stay_finite():
     distance.backward()
     assert distance.item() == pytest.approx((2 * WANTED).square().mean().item() - math.log(SMALLEST_COSINE))
     assert actual.grad.isfinite().all()
+
+
+def test_relative_error_is_the_same_at_every_size_and_finite_at_none():
+    config = replace(CONFIG, magnitude=Magnitude.RELATIVE, angular=False)
+    wanted = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(0))
+    actual = 1.1 * wanted
+    assert block_distance(actual, wanted, config).item() == pytest.approx(0.01, rel=1e-4)
+    sizes = torch.tensor([1e-1, 1.0, 1e3, 1e4, 10.0, 1e2])[None, :, None]
+    assert block_distance(actual * sizes, wanted * sizes, config).item() == pytest.approx(0.01, rel=1e-3)
+    assert block_distance(actual, torch.zeros_like(wanted), config).isfinite()
 
 
 def test_objective_is_the_sum_of_both_branches():
@@ -247,5 +276,102 @@ def test_factor_that_is_not_finite_is_named():
 
 def test_diverging_learning_rate_is_caught_not_stored():
     task = block_task()
-    with pytest.raises(NonFiniteError, match="lower lr_scale"):
+    with pytest.raises(NonFiniteError, match=r"lower the learning rates \(--set lr_scale"):
         fit(task, replace(CONFIG, lr_scale=1e30, lr_angular=1e30, epochs=5))
+
+
+# Learning codes as well
+
+MIXED = replace(
+    CONFIG, method="mixed", magnitude=Magnitude.RELATIVE, angular=False, lr_latent=2e-2, lr_scale=5e-3, epochs=4
+)
+
+
+def latents_of(task):
+    """Latent weights with a quarter of the channels at 1 bit, an eighth at 4 bits."""
+    latents = {}
+    for name, linear in task.linears.items():
+        cols = linear.in_features
+        widths = (("1bit", cols // 4), ("ternary", cols - cols // 4 - cols // 8), ("4bit", cols // 8))
+        squares = task.stats[name].square_sum
+        columns = group_columns(squares, widths)
+        latents[name] = LatentWeight.of(linear.weight, mixed_weight(linear.weight.detach(), columns, widths, squares))
+    return latents
+
+
+def learned(task, config=MIXED, seed=0, **more):
+    latents = latents_of(task)
+    fit_latents(task, latents, config, torch.Generator().manual_seed(seed), **more)
+    return latents
+
+
+def quantized(latents):
+    return {name: latent.quantized() for name, latent in latents.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "falcon"])
+@pytest.mark.parametrize("compute", [Compute.FLOAT32, Compute.BFLOAT16])
+def test_learned_codes_lower_the_objective(family, compute):
+    task, config = block_task(family), replace(MIXED, compute=compute)
+    before, _ = measure(task, quantized(latents_of(task)), config)
+    latents = learned(task, config)
+    after, _ = measure(task, quantized(latents), config)
+    assert after < 0.9 * before
+    start = quantized(latents_of(task))
+    for name, weight in quantized(latents).items():
+        for group, begun in zip(weight.groups, start[name].groups, strict=True):
+            assert group.columns.equal(begun.columns)
+            assert not group.codes.equal(begun.codes) or not group.scale.equal(begun.scale)
+
+
+def test_codes_and_scales_have_rates_of_their_own():
+    task = block_task()
+    start = latents_of(task)
+    for changes, moved in (({"lr_scale": 0.0}, {"latent"}), ({"lr_latent": 0.0}, {"gain"})):
+        end = learned(task, replace(MIXED, **changes))
+        assert {part for part in ("latent", "gain") for name in start
+                if not getattr(end[name], part).equal(getattr(start[name], part))} == moved  # fmt: skip
+
+
+def test_rates_are_relative_to_the_size_of_the_matrix():
+    task = block_task()
+    latents = latents_of(task)
+    groups = latent_parameters(latents, 0.5, 0.25)
+    for group, latent in zip(groups, latents.values(), strict=False):
+        assert group["params"] == [latent.latent]
+        assert group["lr"] == pytest.approx(0.5 * latent.latent.abs().mean().item())
+    assert groups[-1]["lr"] == 0.25 and len(groups[-1]["params"]) == len(latents)
+
+
+def test_rates_follow_half_a_cosine():
+    """One step moves a latent by its rate at most, so the moves show the schedule."""
+    task = block_task()
+    latents, trail = latents_of(task), []
+    before = latents["mlp.up_proj"].latent.detach().clone()
+
+    def on_step(step, steps, loss):
+        trail.append(latents["mlp.up_proj"].latent.detach().clone())
+
+    fit_latents(task, latents, replace(MIXED, lr_latent=1e-3), torch.Generator().manual_seed(0), on_step)
+    moves = [(new - old).abs().max().item() for old, new in zip([before, *trail], trail, strict=False)]
+    rate = 1e-3 * before.abs().mean().item()
+    assert len(moves) == 16 and moves[0] == pytest.approx(rate, rel=1e-3)
+    assert moves[-1] < 0.1 * moves[0]
+    shares = [max(LAST_RATE, 0.5 * (1 + math.cos(math.pi * step / 16))) for step in range(16)]
+    assert all(move <= 4 * rate * share for move, share in zip(moves, shares, strict=True))
+
+
+def test_latents_learn_the_same_again():
+    task = block_task()
+    one, again, other = learned(task), learned(task), learned(task, seed=1)
+    assert all(one[name].latent.equal(again[name].latent) for name in one)
+    assert any(not one[name].latent.equal(other[name].latent) for name in one)
+
+
+def test_scale_that_is_not_finite_is_named():
+    task = block_task()
+    latents = latents_of(task)
+    with torch.no_grad():
+        latents["self_attn.o_proj"].gain.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match=r"block 0, epoch 0, step 0, from the factors of self_attn\.o_proj"):
+        fit_latents(task, latents, MIXED, torch.Generator())

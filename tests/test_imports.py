@@ -47,7 +47,7 @@ ALLOWED = {
     "data": "hub selftext config",
     "sources": "hf hub config",
     # commands
-    "evaluate": "data",
+    "evaluate": "data hf linear kernels packing binarize machine",
     "generation": "data",
     "inspection": "sources hf saving contents folder discovery blocks allocation layout packing config",
     "pipeline": "walk distill methods blocks checkpoint hf folder inspection sources data layout config machine",

@@ -42,6 +42,7 @@ VARIANTS = {
     "llama-7b at 20 %": ("llama-7b", {"salient_ratio": 0.2}),
     "llama-7b without salient columns": ("llama-7b", {"salient_ratio": 0.0}),
     "llama-7b at 2 bits": ("llama-7b", {"bits": 2.0}),
+    "llama-7b with mixed widths": ("llama-7b", {"method": "mixed"}),
 }
 
 
@@ -137,6 +138,24 @@ def test_bits_and_ratio_change_the_prediction(sizes):
     vectors = 4 * (4096 * 2 + 4096) + 2 * (11008 * 2 + 4096) + (4096 * 2 + 11008)
     assert none["bits_per_weight"] == pytest.approx(1 + 16 * 32 * vectors / none["quantized_weights"], rel=1e-12)
     assert none["salient_ratio"] == 0 and none["parts"]["codes_4bit"] == none["parts"]["columns"] == 0
+
+
+def test_mixed_widths_use_the_budget_to_the_last_hundredth_of_a_percent(sizes):
+    mixed, paper = sizes["llama-7b with mixed widths"], sizes["llama-7b"]
+    assert_adds_up(mixed)
+    assert 1.6095 < mixed["bits_per_weight"] <= 1.61
+    assert mixed["quantized_weights"] == paper["quantized_weights"]
+    assert mixed["other_bytes"] == paper["other_bytes"]
+    assert mixed["paper_bits"] is None
+    assert mixed["parts"]["codes_ternary"] > mixed["parts"]["codes_1bit"] > 0
+    # One float16 scale per row and group, and nothing else besides codes and column types.
+    scales = [layer["linears"] * layer["rows"] * len(layer["columns"]) for layer in mixed["layers"]]
+    assert mixed["parts"]["scales"] == 2 * sum(scales) < paper["parts"]["scales"]
+
+
+def test_unknown_method_is_named(llama_folder):
+    with pytest.raises(InputError, match=r"unknown method 'mixd' \(did you mean 'mixed'\?\)"):
+        inspect(llama_folder, method="mixd")
 
 
 def packed_model(folder, family, tokenizer, *, dtype=torch.bfloat16, blocks=(0, 2), **saving):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ptq161.errors import InputError
-from ptq161.machine import available_memory_bytes, multiplies_bfloat16, peak_rss_bytes, pick_device
+from ptq161.machine import available_memory_bytes, free_memory_bytes, multiplies_bfloat16, peak_rss_bytes, pick_device
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -22,6 +22,9 @@ def test_peak_memory_is_in_bytes_and_at_least_what_is_resident():
 def test_available_memory_is_less_than_all_and_more_than_nothing():
     available = available_memory_bytes()
     assert available is None or 1 << 20 < available < 1 << 50
+    free = free_memory_bytes(torch.device("cpu"))
+    assert (free is None) == (available is None)
+    assert free is None or free == pytest.approx(available, rel=0.5)  # others come and go between the two looks
 
 
 def test_device_names():

@@ -27,6 +27,7 @@ from ptq161.fit import objective
 from ptq161.layout import ModelLayout
 
 SETTINGS = {
+    "preset": "paper",
     "samples": 3,
     "seqlen": 16,
     "epochs": 1,

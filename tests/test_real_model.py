@@ -14,7 +14,7 @@ from ptq161.sources import open_dense
 
 pytestmark = pytest.mark.model
 
-SETTINGS = {"preset": "fast", "samples": 8, "seqlen": 256, "epochs": 1, "blocks": (0, 2)}
+SETTINGS = {"preset": "paper", "samples": 8, "seqlen": 256, "epochs": 1, "blocks": (0, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,8 @@ def test_perplexity_rises_within_bounds(quantized, original, wiki_text):
 
 def test_packed_equals_dense(quantized, original):
     prompt = original.tokenizer("The river rises in the mountains and", return_tensors="pt").input_ids
-    packed, dense = (ptq161.load(quantized[1], mode=mode, dtype=torch.float32) for mode in ("packed", "dense"))
+    settings = {"activations": "float32", "dtype": torch.float32}
+    packed, dense = (ptq161.load(quantized[1], mode=mode, **settings) for mode in ("packed", "dense"))
     assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 14
     with torch.no_grad():
         torch.testing.assert_close(packed(prompt).logits, dense(prompt).logits, rtol=1e-3, atol=1e-3)
@@ -86,6 +87,19 @@ def test_plain_binarization_loses_more(quantized, run, tmp_path):
     plain = run(tmp_path / "plain", epochs=0, salient_ratio=0.0)
     for ours, theirs in zip(quantized[0]["blocks"], plain["blocks"], strict=True):
         assert ours["loss_last"] < theirs["loss_last"]
+
+
+def test_mixed_widths_lose_less_than_the_papers(quantized, run, original, wiki_text, tmp_path):
+    """The same two blocks from the same tokens at the same bits."""
+    result = run(tmp_path / "mixed", preset="fast")
+    assert 1.60 < result["bits_per_weight"] <= 1.61
+    assert all(block["loss_last"] < block["loss_first"] for block in result["blocks"])
+    tokens = evaluation_tokens(f"{wiki_text}[1000:1020]", original.tokenizer)
+    mixed, paper = (
+        perplexity(ptq161.load(folder, mode="dense", dtype=torch.float32), tokens, 256, max_windows=4)["ppl"]
+        for folder in (tmp_path / "mixed", quantized[1])
+    )
+    assert mixed < 0.9 * paper
 
 
 def test_stories_model_quantizes_whole(stories_folder, shared_data, tmp_path):

@@ -3,7 +3,7 @@
 import copy
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from typing import Any
 from xml.etree import ElementTree
@@ -13,22 +13,28 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from ptq161.binarize import CODE_WIDTHS
+from ptq161.config import PRESETS, Magnitude
+from ptq161.methods import METHODS
 from ptq161.report import page
-from ptq161.report.figures import (
-    COLOURS,
-    WHOLE,
-    Channels,
-    bits_figure,
-    channels_figure,
-    colour,
-    corner_figure,
-    loss_figure,
-    storage_figure,
-)
-from ptq161.report.model_page import Corner, Evaluation, ModelResults, Sample, model_page
+from ptq161.report.explanations import EXPLANATIONS, objective_in_words
+from ptq161.report.figures import bits_figure, channels_figure, corner_figure, loss_figure, storage_figure
+from ptq161.report.model_page import model_page
+from ptq161.report.palette import COLOURS, MINUS, WHOLE, WIDTHS, colour
+from ptq161.report.results import Channels, Corner, Evaluation, ModelResults, Sample
 
-WIDTHS = (page.WIDE_INCHES, page.NARROW_INCHES)
+WIDTHS_IN_INCHES = (page.WIDE_INCHES, page.NARROW_INCHES)
 PARTS = {"codes_1bit": 1000, "codes_4bit": 800, "columns": 0, "scales": 200}
+MIXED_PARTS = {"codes_1bit": 500, "codes_ternary": 900, "codes_4bit": 300, "columns": 100, "scales": 200}
+TUNED = {
+    "steps": 8,
+    "tokens": 65_536,
+    "distinct_tokens": 65_536,
+    "held_out_first": 1.5,
+    "held_out_last": 1.25,
+    "kept": True,
+    "seconds": 2.0,
+}
 WEIGHTS = 10_000
 
 
@@ -39,6 +45,7 @@ def evaluation(name: str, ppl: float, bits: float | None) -> Evaluation:
 
 @pytest.fixture
 def results() -> ModelResults:
+    """A model in the paper's format."""
     inspect: dict[str, Any] = {
         "bits_per_weight": 1.6,
         "paper_bits": 1.55,
@@ -51,20 +58,45 @@ def results() -> ModelResults:
         "other_bytes": 2900,
         "header_bytes": 100,
         "file_bytes": 5000,
+        "layers": [
+            {"rows": 50, "cols": 100, "linears": 1, "columns": {"1bit": 75, "4bit": 25}},
+            {"rows": 10, "cols": 100, "linears": 5, "columns": {"1bit": 85, "4bit": 15}},
+        ],
     }
     blocks = [{"index": i, "loss_first": 2.0, "loss_last": 1.0, "seconds": 1.0} for i in range(3)]
     return ModelResults(
         name="Tiny",
         source_label="source file",
         source_bytes=7000,
-        quantize={"blocks": blocks, "seconds": 90.0, "peak_rss_bytes": 1_500_000_000},
+        quantize={"blocks": blocks, "seconds": 90.0, "peak_rss_bytes": 1_500_000_000, "distillation": None},
+        run={"config": asdict(PRESETS["paper"].quant)},
         inspect=inspect,
         evaluations=[evaluation("original", 20.0, None), evaluation("packed", 50.0, 1.6)],
-        channels=[Channels(0, "q_proj", "mean |x|", [1.0, 9.0, 0.0, 2.0], [False, True, False, False])],
-        corner=Corner("layers.0.q_proj", [[1, 12, -1, 1]], [False, True, False, False]),
+        channels=[Channels(0, "q_proj", "mean |x|", [1.0, 9.0, 0.0, 2.0], ["1bit", "4bit", "1bit", "1bit"])],
+        corner=Corner("layers.0.q_proj", 7, [[1, 13, -1, 1]], ["1bit", "4bit", "1bit", "1bit"]),
         samples=[Sample("Once", " upon a time", " the the")],
         commands=["ptq161 inspect tiny"],
         caveats=["It does not talk sense."],
+    )
+
+
+@pytest.fixture
+def mixed_results(results: ModelResults) -> ModelResults:
+    """A model in the mixed format, tuned as a whole."""
+    columns = {"1bit": 30, "ternary": 65, "4bit": 5}
+    widths = ["1bit", "4bit", "ternary", "ternary"]
+    return replace(
+        results,
+        quantize={**results.quantize, "distillation": TUNED},
+        run={"config": asdict(PRESETS["best"].quant)},
+        inspect={
+            **results.inspect,
+            "paper_bits": None,
+            "parts": MIXED_PARTS,
+            "layers": [{"rows": 100, "cols": 100, "linears": 1, "columns": columns}],
+        },
+        channels=[Channels(0, "q_proj", "mean x² × sum of w²", [1.0, 9.0, 3.0, 2.0], widths)],
+        corner=Corner("layers.0.q_proj", 7, [[1, -15, 0, -1]], widths),
     )
 
 
@@ -116,7 +148,7 @@ def text_of(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.axes[0].texts]
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", WIDTHS_IN_INCHES)
 def test_storage_bars_are_as_long_as_the_bytes(width: float) -> None:
     files = {"source": {WHOLE: 7_000_000}, "packed": {"codes_1bit": 1_000_000, "codes_4bit": 500_000, "other": 250_000}}
     figure = storage_figure(files, width)
@@ -130,7 +162,14 @@ def test_bits_bar_adds_up_to_the_bits_per_weight() -> None:
     assert [length for length, _ in bars(figure, 0)] == pytest.approx([0.8, 0.64, 0.0, 0.16])
     assert text_of(figure)[-1] == "1.600"
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["signs, 1 bit each", "4-bit codes", "row and column factors"]  # not the mask of no bytes
+    assert labels == ["signs, 1 bit each", "4-bit codes", "scale factors"]  # not the channels' widths of no bytes
+
+
+def test_ternary_codes_have_a_part_of_their_own() -> None:
+    figure = bits_figure(MIXED_PARTS, WEIGHTS, page.WIDE_INCHES)
+    assert bars(figure, 0)[1] == (pytest.approx(0.72), colour("third"))
+    assert len({shade for _, shade in bars(figure, 0)}) == len(MIXED_PARTS)
+    assert "ternary codes, 1.6 bits each" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_a_part_that_nobody_named_is_drawn_under_its_own_name() -> None:
@@ -138,7 +177,7 @@ def test_a_part_that_nobody_named_is_drawn_under_its_own_name() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["2bit codes"]
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", WIDTHS_IN_INCHES)
 @pytest.mark.parametrize("last", [1.9, 0.001])
 def test_loss_figure_shows_both_losses_and_labels_its_axis(width: float, last: float) -> None:
     blocks = [{"index": 4, "loss_first": 2.0, "loss_last": last}, {"index": 5, "loss_first": 1.95, "loss_last": 1.92}]
@@ -151,31 +190,85 @@ def test_loss_figure_shows_both_losses_and_labels_its_axis(width: float, last: f
     assert any(lowest <= tick <= highest for tick in axes.get_yticks())
 
 
-def test_channels_figure_colours_exactly_the_salient_channels() -> None:
-    shown = Channels(0, "q_proj", "mean |x|", [1.0, 9.0, 0.0, 2.0], [False, True, False, False])
-    figure = channels_figure([shown, shown], page.NARROW_INCHES)
+def drawn_channels(figure: Figure) -> dict[str, dict[int, float]]:
+    """Colour -> channel -> height of the dots in the first panel."""
+    drawn = {}
+    for line in figure.axes[0].lines:
+        points = zip(line.get_xdata(), line.get_ydata(), strict=True)
+        drawn[to_hex(line.get_color())] = {int(x): y for x, y in points if not math.isnan(x)}
+    return drawn
+
+
+@pytest.mark.parametrize("width", WIDTHS_IN_INCHES)
+def test_channels_figure_colours_every_channel_by_its_width(width: float) -> None:
+    widths = ["ternary", "4bit", "1bit", "ternary"]
+    shown = Channels(3, "q_proj", "mean |x|", [1.0, 9.0, 0.5, 2.0], widths)
+    figure = channels_figure([shown, shown], width)
     assert len(figure.axes) == 2
-    others, salient = figure.axes[0].lines
-    assert {x for x in salient.get_xdata() if not math.isnan(x)} == {1}
-    assert {x for x in others.get_xdata() if not math.isnan(x)} == {0, 2, 3}
-    assert to_hex(salient.get_color()) == colour("salient")
-    assert max(y for y in salient.get_ydata() if not math.isnan(y)) == 9.0
+    assert drawn_channels(figure) == {
+        colour("sign"): {2: 0.5},
+        colour("third"): {0: 1.0, 3: 2.0},
+        colour("salient"): {1: 9.0},
+    }
+    title = figure.axes[0].get_title(loc="left").replace("\n", " ")
+    assert title == "block 3, q_proj: 1 × 1 bit, 2 × ternary, 1 × 4 bits"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["1 bit", "ternary", "4 bits"]
+
+
+def test_channels_of_the_paper_have_two_colours() -> None:
+    shown = Channels(0, "q_proj", "mean |x|", [1.0, 9.0, 0.0, 2.0], ["1bit", "4bit", "1bit", "1bit"])
+    figure = channels_figure([shown], page.NARROW_INCHES)
+    assert drawn_channels(figure).keys() == {colour("sign"), colour("salient")}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["1 bit", "4 bits"]
 
 
 def test_channels_that_nothing_reached_can_be_drawn() -> None:
-    figure = channels_figure([Channels(0, "q_proj", "mean |x|", [0.0, 0.0], [False, True])], page.NARROW_INCHES)
-    page.svg(figure, "empty")
+    figure = channels_figure([Channels(0, "q_proj", "mean |x|", [0.0, 0.0], ["1bit", "4bit"])], page.NARROW_INCHES)
+    assert ElementTree.fromstring(page.svg(figure, "empty")).tag.endswith("svg")
 
 
-def test_corner_writes_signs_and_codes() -> None:
-    figure = corner_figure([[1, 12, -1], [-1, 0, 1]], [False, True, False], page.WIDE_INCHES)
-    assert text_of(figure) == ["+", "12", "−", "−", "0", "+"]
+def cells(figure: Figure) -> list[tuple[str, str]]:
+    """(text, colour) of every cell of a corner, row by row; an empty colour where it is not filled."""
+    patches = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
+    faces = [
+        to_hex(patch.get_facecolor()) if patch.get_fill() and patch.get_facecolor()[3] else "" for patch in patches
+    ]
+    return list(zip(text_of(figure), faces, strict=True))
+
+
+def test_corner_writes_signs_digits_and_levels() -> None:
+    corner = Corner("q_proj", 0, [[1, 13, 1], [-1, -15, 0], [1, -1, -1]], ["1bit", "4bit", "ternary"])
+    figure = corner_figure(corner, page.WIDE_INCHES)
+    assert cells(figure) == [
+        ("+", colour("sign")),
+        ("13", colour("salient")),
+        ("+", colour("third")),
+        (MINUS, colour("sign_minus")),
+        (f"{MINUS}15", colour("salient_minus")),
+        ("0", ""),
+        ("+", colour("sign")),
+        (f"{MINUS}1", colour("salient_minus")),
+        (MINUS, colour("third_minus")),
+    ]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["1 bit", "ternary", "4 bits"]
+
+
+def test_corner_explains_only_what_it_shows() -> None:
+    figure = corner_figure(Corner("q_proj", 0, [[1, 1] * 30], ["1bit"] * 59 + ["4bit"]), page.NARROW_INCHES)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["1 bit"]
 
 
 def test_a_narrow_corner_shows_fewer_channels() -> None:
-    salient, codes = [False] * 60, [[1] * 60]
-    wide, narrow = (len(text_of(corner_figure(codes, salient, width))) for width in WIDTHS)
+    corner = Corner("q_proj", 0, [[1] * 60], ["1bit"] * 60)
+    wide, narrow = (len(text_of(corner_figure(corner, width))) for width in WIDTHS_IN_INCHES)
     assert 0 < narrow < wide < 60
+
+
+def test_every_code_width_and_method_can_be_shown() -> None:
+    assert list(WIDTHS) == list(CODE_WIDTHS)
+    assert EXPLANATIONS.keys() == METHODS.keys()
+    for magnitude in Magnitude:
+        assert objective_in_words({"magnitude": magnitude.value, "angular": False})
 
 
 def test_svg_keeps_numbers_takes_theme_colours_and_is_the_same_every_time() -> None:
@@ -203,8 +296,9 @@ def test_table_escapes_and_marks_numbers_and_totals() -> None:
     assert text.count('class="number"') == 3 and text.count("<tr class=total>") == 1
 
 
-def test_page_is_whole_and_asks_for_nothing(results: ModelResults) -> None:
-    text = model_page(results)
+@pytest.mark.parametrize("format_of", ["results", "mixed_results"])
+def test_page_is_whole_and_asks_for_nothing(format_of: str, request: pytest.FixtureRequest) -> None:
+    text = model_page(request.getfixturevalue(format_of))
     outline = Outline(text)
     assert outline.open == []
     assert outline.tags.isdisjoint({"script", "link", "iframe", "object", "img", "base"})
@@ -230,8 +324,69 @@ def test_page_says_the_numbers(results: ModelResults) -> None:
         "1.5 minutes and 1.5 GB",
         "It does not talk sense.",
         "ptq161 inspect tiny",
+        "layers.0.q_proj, channels 7 to 10",
     ):
         assert expected in text, expected
+
+
+def test_page_describes_the_papers_format(results: ModelResults) -> None:
+    text = Outline(model_page(results)).text
+    for expected in (
+        "Nothing was retrained",
+        f"80% become + or {MINUS} (1 bit); 20% become an odd number from {MINUS}15 to 15 (4 bits).",
+        "salient columns keep 4 bits",
+        "Signs and numbers stay fixed",
+        "Mean squared error, plus negative logarithm of the cosine",
+        "mean |x| in the original model",
+    ):
+        assert expected in text, expected
+    for absent in ("ternary", "0 to 15", "learned together", "as a whole"):
+        assert absent not in text, absent
+
+
+def test_page_describes_the_mixed_format(mixed_results: ModelResults) -> None:
+    text = Outline(model_page(mixed_results)).text
+    for expected in (
+        f"30% become + or {MINUS} (1 bit); 65% become +, 0 or {MINUS} (ternary); 5% become an odd number",
+        "Codes and sizes are learned together",
+        "Squared error relative to the square of what was wanted",
+        "mean x² × sum of w²",
+        "ternary codes, 1.6 bits each9000.7200",
+        "which, 0.0800 bits per weight",
+        "tuned as a whole",
+        "The model as a whole",
+        "on 65,536 tokens of parts of the text that the blocks were not learned on",
+        "went from 1.500 to 1.250 nats per token.",
+    ):
+        assert expected in text, expected
+    for absent in ("Nothing was retrained", "cosine", "salient columns", "no gain", "stay fixed"):
+        assert absent not in text, absent
+
+
+def test_page_says_when_tuning_gained_nothing(mixed_results: ModelResults) -> None:
+    record = {**TUNED, "held_out_last": 1.75, "kept": False}
+    text = Outline(model_page(replace(mixed_results, quantize={**mixed_results.quantize, "distillation": record}))).text
+    assert "went from 1.500 to 1.750 nats per token. That is no gain" in text
+    assert "tuned as a whole" not in text
+
+
+def test_page_says_when_tuning_was_skipped(mixed_results: ModelResults) -> None:
+    record = {"skipped": "needs about 9.0 GB more memory, 2.0 GB are free"}
+    text = Outline(model_page(replace(mixed_results, quantize={**mixed_results.quantize, "distillation": record}))).text
+    assert "it needs about 9.0 GB more memory" in text
+    assert "tuned as a whole" not in text and "nats" not in text
+
+
+def test_page_says_which_text_the_model_was_tuned_on(mixed_results: ModelResults) -> None:
+    config = {**mixed_results.config, "distill_fresh": False}
+    text = Outline(model_page(replace(mixed_results, run={"config": config}))).text
+    assert "on 65,536 tokens of the same text." in text
+
+
+def test_page_of_a_mixed_model_that_was_not_tuned(mixed_results: ModelResults) -> None:
+    quantize = {**mixed_results.quantize, "distillation": None}
+    text = Outline(model_page(replace(mixed_results, quantize=quantize))).text
+    assert "as a whole" not in text and "Codes and sizes are learned together" in text
 
 
 def test_page_names_blocks_that_did_not_get_better(results: ModelResults) -> None:

@@ -163,7 +163,7 @@ def test_a_packed_checkpoint_opens_in_every_mode(packed_folder, llama_folder, to
     tokens = torch.arange(30)[None]
     logits = {}
     for mode in ("packed", "dense", "auto"):
-        model, opened = open_model(packed_folder, dtype=torch.float32, mode=mode)
+        model, opened = open_model(packed_folder, dtype=torch.float32, mode=mode, activations="float32")
         assert opened("The river")["input_ids"] == tokenizer("The river")["input_ids"]
         with torch.no_grad():
             logits[mode] = model(tokens).logits

@@ -28,6 +28,10 @@ NORMAL_ERROR = (0.3634, 0.1902, 0.01154)
 # Of the channels that are not at 4 bits when only their ratio is given: about what the budget of 1.61 bits leads to.
 TERNARY_SHARE = 2 / 3
 
+# How importance falls off over the channels where nothing was measured: a power below one of exponential quantiles,
+# because learning evens out part of what sets channels apart before it.
+FALL_OFF = 0.75
+
 MOST_STEPS = 512  # splits that are tried per width: wide linears are searched in coarser steps
 
 
@@ -67,7 +71,7 @@ def allocate(
     """The layout of a whole model within `config.bits`, or with `config.salient_ratio` of the channels at 4 bits.
 
     harms: first linear of a shared input -> expected harm of each channel at each of MIXED_WIDTHS. Without, every
-    shared input counts the same per weight and its channels' importance is taken to fall off exponentially.
+    shared input counts the same per weight and its channels' importance is taken to fall off by FALL_OFF.
 
     Raises InputError naming the lowest reachable figure if no split stays within the budget.
     """
@@ -121,8 +125,9 @@ def ratio_split(cols: int, ratio: float) -> tuple[int, int, int]:
 
 
 def _expected_harm(shared: SharedInput) -> Float[Tensor, "cols widths"]:
-    """Without any statistics: quantiles of an exponential distribution times the error of a normal variable."""
-    importance = -((torch.arange(shared.cols, dtype=torch.float64) + 0.5) / shared.cols).log()
+    """Without any statistics: falling importance times the error of a normal variable."""
+    quantiles = -((torch.arange(shared.cols, dtype=torch.float64) + 0.5) / shared.cols).log()
+    importance = quantiles**FALL_OFF
     return sum(shared.rows) * importance[:, None] * torch.tensor(NORMAL_ERROR, dtype=torch.float64)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import ptq161
-from ptq161.config import PRESETS, CalibrationConfig, QuantConfig, preset_named, read_toml, unknown
+from ptq161.config import DEFAULT_PRESET, PRESETS, CalibrationConfig, QuantConfig, preset_named, read_toml, unknown
 from ptq161.errors import InputError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -75,8 +75,10 @@ def _parser() -> _Parser:
     )
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
     generate.add_argument("--seed", type=int, default=0, metavar="S")
-    generate.add_argument("--mode", choices=("auto", "packed", "dense"), default="auto", help="how weights are kept")
+    _mode_argument(generate)
+    _activations_argument(generate, "int8")
     _device_arguments(generate)
+    _bench_arguments(command("bench", "speed of a packed model or of one shape against dense weights, on the CPU"))
     return parser
 
 
@@ -84,7 +86,12 @@ def _quantize_arguments(parser: _Parser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="hub name, HF folder or .gguf file")
     add("out", metavar="OUT", help="folder to be made; interrupted, the same command continues")
-    add("--preset", default="paper", choices=PRESETS, help="; ".join(f"{k}: {v.purpose}" for k, v in PRESETS.items()))
+    add(
+        "--preset",
+        default=DEFAULT_PRESET,
+        choices=PRESETS,
+        help="; ".join(f"{k}: {v.purpose}" for k, v in PRESETS.items()),
+    )
     _budget_arguments(parser)
     add("--calib", action="append", metavar="SOURCE", help="wikitext2, c4, redpajama, a file, or self; may be repeated")
     add("--samples", type=int, metavar="N", help="calibration samples")
@@ -108,8 +115,23 @@ def _eval_arguments(parser: _Parser) -> None:
     add("--seqlen", type=int, default=2048, metavar="L", help="tokens of a window (default 2048)")
     add("--max-windows", type=int, metavar="N", help="only the first N windows of each text")
     add("--bos", action="store_true", help="put the BOS token before each window")
+    _mode_argument(parser)
     add("--out", type=Path, metavar="results.jsonl", help="append the result as a row")
+    _activations_argument(parser, "float32")
     _device_arguments(parser)
+
+
+def _bench_arguments(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("path", nargs="?", metavar="PATH", help="packed folder")
+    add("--shape", type=_shape, metavar="RxC", help="one linear of R outputs and C inputs with random weights instead")
+    add("--threads", type=int, metavar="N", help="of the products (default: as torch has it)")
+    add("--tokens", type=int, action="append", metavar="T", help="with --shape: rows of activations (1 and 128)")
+    add("--format", choices=("mixed", "paper"), default="mixed", help="with --shape: column groups")
+    add("--rounds", type=int, metavar="N", help="turns of every contender (default 40 for a shape, 3 for a model)")
+    add("--prompt-tokens", type=int, default=128, metavar="T", help="with PATH: tokens to read first")
+    add("--new-tokens", type=int, default=32, metavar="T", help="with PATH: tokens to write")
+    add("--dense", choices=("both", "float32", "bfloat16", "none"), default="both", help="with PATH: what against")
 
 
 def _budget_arguments(parser: _Parser) -> None:
@@ -118,9 +140,19 @@ def _budget_arguments(parser: _Parser) -> None:
     budget.add_argument("--salient-ratio", type=float, metavar="R", help="share of the channels at 4 bits, e.g. 0.2")
 
 
+def _activations_argument(parser: _Parser, default: str) -> None:
+    text = f"of packed linears on a CPU with native kernels (default {default})"
+    parser.add_argument("--activations", choices=("int8", "float32"), default=default, help=text)
+
+
 def _device_arguments(parser: _Parser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto (default): the GPU if there is one")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of tensors that are not quantized")
+
+
+def _mode_argument(parser: _Parser) -> None:
+    modes = ("auto", "packed", "dense")
+    parser.add_argument("--mode", choices=modes, default="auto", help="how the weights of a packed model are kept")
 
 
 def _key_value(text: str) -> tuple[str, str]:
@@ -128,6 +160,13 @@ def _key_value(text: str) -> tuple[str, str]:
     if not equals or not key.strip():
         raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE, e.g. epochs=4")
     return key.strip(), value.strip()
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, cols = text.partition("x")
+    if not (rows.isdecimal() and cols.isdecimal() and int(rows) and int(cols)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected ROWSxCOLS, e.g. 2048x8192")
+    return int(rows), int(cols)
 
 
 def _block_range(text: str) -> tuple[int, int]:

@@ -161,6 +161,23 @@ def second_moments(task: BlockTask, name: str, weights: Mapping[str, Tensor]) ->
     return moments
 
 
+@contextmanager
+def float32_vectors(model: nn.Module) -> Iterator[None]:
+    """Inside, all norm weights and biases are float32 copies, free to be changed; afterwards the model is as it was.
+
+    A model in 16 bits needs that to run whole: its states are float32 here, and LayerNorm refuses to mix the two.
+    """
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    originals = [parameter.data for parameter in vectors]
+    for parameter in vectors:
+        parameter.data = parameter.data.to(torch.float32, copy=True)
+    try:
+        yield
+    finally:
+        for parameter, original in zip(vectors, originals, strict=True):
+            parameter.data = original
+
+
 def check_weights(where: str, linears: Mapping[str, nn.Linear]) -> None:
     """Raises NonFiniteError naming the first linear whose weight has NaN or infinite values."""
     for name, linear in linears.items():

@@ -87,7 +87,13 @@ def _eval(args: Namespace) -> int:
     with terminal.quiet_libraries(debug=args.debug):
         for source in args.ppl:
             data.parse_source(source)
-        model, tokenizer = sources.open_model(args.path, device=machine.pick_device(args.device), dtype=_dtype(args))
+        model, tokenizer = sources.open_model(
+            args.path,
+            device=machine.pick_device(args.device),
+            dtype=_dtype(args),
+            mode=args.mode,
+            activations=args.activations,
+        )
         if args.bos and tokenizer.bos_token_id is None:
             raise InputError(f"--bos: the tokenizer of {args.path} has no BOS token; leave --bos out")
         bos = tokenizer.bos_token_id if args.bos else None
@@ -145,7 +151,11 @@ def _generate(args: Namespace) -> int:
 
     with terminal.quiet_libraries(debug=args.debug):
         model, tokenizer = sources.open_model(
-            args.path, device=machine.pick_device(args.device), dtype=_dtype(args), mode=args.mode
+            args.path,
+            device=machine.pick_device(args.device),
+            dtype=_dtype(args),
+            mode=args.mode,
+            activations=args.activations,
         )
         result = generation.stream(
             model,
@@ -165,12 +175,41 @@ def _generate(args: Namespace) -> int:
     return _print(args, {"model": args.path, "prompt": args.prompt, **result}, lambda out: None)
 
 
+def _bench(args: Namespace) -> int:
+    if (args.path is None) == (args.shape is None):
+        raise InputError("bench needs either a packed folder or --shape ROWSxCOLS")
+    if args.threads is not None and args.threads < 1:
+        raise InputError(f"--threads {args.threads} is out of range: expected 1 or more")
+    import torch
+
+    from ptq161 import terminal
+    from ptq161.evaluate import model_speed, speed
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    with terminal.quiet_libraries(debug=args.debug):
+        if args.shape is not None:
+            tokens = args.tokens or [1, 128]
+            result = speed.bench_shape(*args.shape, tokens=tokens, rounds=args.rounds or 40, format=args.format)
+            return _print(args, result, lambda out: terminal.show_shape_speed(out, result))
+        dense = {"both": ["float32", "bfloat16"], "none": []}.get(args.dense, [args.dense])
+        result = model_speed.bench_model(
+            args.path,
+            prompt_tokens=args.prompt_tokens,
+            new_tokens=args.new_tokens,
+            rounds=args.rounds or 3,
+            dense=dense,
+        )
+    return _print(args, result, lambda out: terminal.show_model_speed(out, result))
+
+
 COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "quantize": _quantize,
     "eval": _eval,
     "inspect": _inspect,
     "verify": _verify,
     "generate": _generate,
+    "bench": _bench,
 }
 
 

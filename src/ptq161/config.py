@@ -119,8 +119,8 @@ class QuantConfig(_Settings):
     distill_passes: int = 2  # at most, over a text that has fewer tokens
     distill_fresh: bool = True  # text of the calibration sources that is no calibration sample; False: the samples
     distill_batch_size: int = 2  # samples of one step
-    distill_lr_latent: float = 2e-3  # in units of the matrix's mean magnitude
-    distill_lr_scale: float = 7e-4  # for scales, in units of themselves, and for norm weights
+    distill_lr_latent: float = 1e-3  # in units of the matrix's mean magnitude
+    distill_lr_scale: float = 5e-4  # for scales, in units of themselves, and for norm weights
     compute: Compute = Compute.AUTO
     seed: int = 0
 
@@ -185,6 +185,9 @@ PRESETS: dict[str, Preset] = {
         QuantConfig(), CalibrationConfig(), "the paper's method and settings: 128 x 2048 tokens, 20 epochs"
     ),
 }
+
+
+DEFAULT_PRESET = "best"
 
 
 def preset_named(name: str) -> Preset:

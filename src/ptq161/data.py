@@ -135,7 +135,8 @@ def calibration_and_fresh_tokens(
 ) -> tuple[Int64[Tensor, "samples seq"], Int64[Tensor, "fresh seq"]]:
     """`calibration_tokens`, and up to `fresh` more windows of the same sources that are none of them, shuffled.
 
-    Every source gives an equal share of the fresh windows, or as many as it has left. Raises InputError.
+    Every source gives an equal share of the fresh windows, or as many as it has left. Asking for fresh windows changes
+    none of the samples. Raises InputError.
     """
     sources = [parse_source(source) for source in calibration.sources]
     samples, seqlen = calibration.samples, calibration.seqlen
@@ -144,12 +145,16 @@ def calibration_and_fresh_tokens(
     if model is not None:
         check_length(model, seqlen)
     generator = torch.Generator().manual_seed(calibration.seed)
+    fresh_generator = torch.Generator().manual_seed(calibration.seed + 1)
     parts, more = [], []
     for source, count, extra in zip(sources, _shares(samples, sources), _shares(fresh, sources), strict=True):
         if source.name == SELF:
             if model is None:
                 raise InputError("source 'self' is sampled from the model, and none was given: name a file instead")
-            windows = sample_from_model(model, tokenizer.bos_token_id, count + extra, seqlen, generator)
+            windows = sample_from_model(model, tokenizer.bos_token_id, count, seqlen, generator)
+            if extra:
+                written = sample_from_model(model, tokenizer.bos_token_id, extra, seqlen, fresh_generator)
+                windows = torch.cat([windows, written])
         else:
             tokens = _tokenize(read_text(source, Split.CALIBRATION), tokenizer)
             windows = _draw_windows(tokens, count, extra, seqlen, generator, source.name)

@@ -7,7 +7,8 @@ original: the quantized one is the same modules called with other weights, so no
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptq161.config import QuantConfig
-from ptq161.errors import InputError, NonFiniteError
+from ptq161.errors import NonFiniteError
 from ptq161.fit import latent_parameters, weight_arguments
 from ptq161.latent import LatentWeight
 
@@ -132,18 +133,9 @@ class Distillation:
 
 
 def step_count(samples: int, seqlen: int, config: QuantConfig) -> int:
-    """Steps within `distill_tokens` and `distill_passes`.
-
-    Raises InputError if not even one step has the samples or the tokens that it needs.
-    """
+    """Steps within `distill_tokens` and `distill_passes`: none if not even one has the samples and tokens it needs."""
     size = config.distill_batch_size
-    steps = min(config.distill_tokens // (size * seqlen), config.distill_passes * (samples // size))
-    if steps < 1:
-        raise InputError(
-            f"distillation has {samples} samples of {seqlen} tokens and distill_tokens={config.distill_tokens}: not "
-            f"enough for one step of {size} samples; give a longer text, or --set distill=off"
-        )
-    return steps
+    return min(config.distill_tokens // (size * seqlen), config.distill_passes * (samples // size))
 
 
 def divergence(model: PreTrainedModel, student: Student, tokens: Int64[Tensor, "batch seq"]) -> Float[Tensor, ""]:
@@ -191,7 +183,8 @@ def tune(
             save(run.state() | {"held_out_first": torch.tensor(first, dtype=torch.float64)})
             saved = time.monotonic()
 
-    run.run(on_step, save_sometimes)
+    with _fast_attention(model, samples.device):
+        run.run(on_step, save_sometimes)
     last = held_out_divergence(model, student, held_out)
     return {
         "steps": run.steps,
@@ -203,9 +196,21 @@ def tune(
     }
 
 
+@contextmanager
+def _fast_attention(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """On a CPU, attention step by step: the backward pass of the fused kernel takes twice as long there."""
+    before: str = model.config._attn_implementation
+    if device.type == "cpu":
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
 def held_out_count(samples: int) -> int:
-    """How many of the samples are held out: a tenth, at least one and at most eight."""
-    return min(max(samples // 10, 1), 8)
+    """How many of the samples are held out: a tenth, at least one (where there is one) and at most eight."""
+    return min(max(samples // 10, 1), 8, samples)
 
 
 @torch.no_grad()

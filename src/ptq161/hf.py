@@ -31,6 +31,7 @@ from ptq161.verify import folder_problems
 __all__ = ["PackedConfig", "PackedQuantizer", "is_packed", "load", "save_packed"]
 
 MODES = ("auto", "packed", "dense")
+ACTIVATIONS = ("int8", "float32")
 HEADER_DTYPES = {"U8": torch.uint8, "F16": torch.float16}  # the only ones that a packed linear stores
 
 
@@ -93,6 +94,8 @@ class PackedQuantizer(HfQuantizer):
                 path = f"{holder or name}.{tensor}"
                 file = self.file_of.get(path, "the checkpoint")
                 raise CheckpointError(f"{file}: tensor {path} {what}; run `ptq161 verify`")
+        for linear in packed.values():
+            linear.tile()  # type: ignore[operator]
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name in self.quantization_config.layout.linears:
@@ -116,18 +119,22 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     mode: str = "auto",
+    activations: str = "int8",
 ) -> PreTrainedModel:
     """Load a packed checkpoint after checking every file and tensor of it.
 
     device: a torch device, or "auto" for the GPU if there is one. dtype: of activations and unquantized tensors
     (default: as stored). mode: "packed" keeps the weights packed, and without a fast kernel unpacks them at every
     call; "dense" unpacks each once, to `nn.Linear`; "auto" is dense where the device has no fast kernel and the dense
-    weights fit in half of its available memory, else packed.
+    weights fit in half of its available memory, else packed. activations: of packed weights on a CPU with native
+    kernels, "int8" (rounded in blocks of 128 channels) or "float32"; everything else computes in its dtype anyway.
 
     Raises CheckpointError naming file and tensor if anything is missing, damaged or of another format version.
     """
     if mode not in MODES:
         raise InputError(unknown("mode", mode, MODES))
+    if activations not in ACTIVATIONS:
+        raise InputError(unknown("activations", activations, ACTIVATIONS))
     folder, device = Path(path), pick_device(str(device))
     found = folder_problems(folder)
     if found:
@@ -138,6 +145,9 @@ def load(
     model.to(device)  # type: ignore[arg-type]
     if mode == "dense" or (mode == "auto" and _better_dense(layout, device, model.dtype)):
         model.dequantize(model.dtype)
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.exact = activations == "float32"
     return model
 
 

@@ -1,13 +1,14 @@
 """PackedLinear: the drop-in for `nn.Linear` that keeps its weight packed and computes through one op."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ptq161.binarize import reconstruct
-from ptq161.kernels import linear
+from ptq161.kernels import TiledWeight, column_types, cpu_kernels, linear, tile, tiled_linear, untile
 from ptq161.layout import PackedLinearSpec
 from ptq161.packing import COLUMN_TYPES, PackedWeight, unpack
 
@@ -19,7 +20,12 @@ class PackedLinear(nn.Module):
     their dtypes whatever the module is cast to: only the bias follows `module.to(dtype)`. A linear that shares the
     column types of another (`spec.columns_from`) stores none; `share_columns` points it to their owner.
 
-    Built empty, to be filled by `load_state_dict`, or from a packed weight by `of`.
+    Built empty, to be filled by `load_state_dict`, or from a packed weight by `of`. On a CPU with native kernels,
+    `tile` then exchanges the buffers for the order that these read (kernels/tiles.py), which makes products fast and
+    takes the place of the stored order, not room beside it. State dicts, copies and moves to another device see the
+    stored tensors all the same.
+
+    `exact` (only with tiles): activations stay float32 instead of int8 in blocks of 128 channels.
     """
 
     def __init__(
@@ -36,6 +42,7 @@ class PackedLinear(nn.Module):
         for name, tensor in spec.specs().items():
             self.register_buffer(name, torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
         self.bias = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
+        self.exact = False
         # In a tuple, so that the owner does not become a submodule of this linear.
         self._columns_owner: tuple[PackedLinear, ...] = ()
 
@@ -51,11 +58,32 @@ class PackedLinear(nn.Module):
         """Read the column types from `owner`, which sees the same input and stores them."""
         self._columns_owner = (owner,)
 
+    @property
+    def is_tiled(self) -> bool:
+        """Whether the weight is in the order of the CPU kernels."""
+        return "tiles" in self._buffers
+
+    def tile(self) -> "PackedLinear":
+        """Bring the weight into the order of the CPU kernels, once, in place of the stored one; returns self.
+
+        Does nothing where that would not help: on another device, or without native kernels.
+        """
+        if self.is_tiled or not cpu_kernels() or next(self.buffers()).device.type != "cpu":
+            return self
+        tiled = tile(self.packed())
+        order = tiled.order
+        for owner in self._columns_owner:
+            order = owner.tile().get_buffer("order")
+        self._replace_buffers({"tiles": tiled.tiles, "order": order, "col": tiled.col}, persistent=False)
+        return self
+
     def packed(self) -> PackedWeight:
         """The packed weight: this module's own buffers, and the owner's column types where they are shared."""
+        if self.is_tiled:
+            return untile(self._tiled())
         tensors = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
         for owner in self._columns_owner:
-            tensors[COLUMN_TYPES] = owner.get_buffer(COLUMN_TYPES)
+            tensors[COLUMN_TYPES] = owner._column_types()
         return PackedWeight(self.spec.layout, tensors)
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
@@ -69,15 +97,52 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch cols"]) -> Float[Tensor, "*batch rows"]:
         """Multiply by the packed weight; the result is in x's dtype."""
+        if self.is_tiled:
+            return tiled_linear(x, self._tiled(), self.bias, exact=self.exact)
         return linear(x, self.packed(), self.bias)
 
     def extra_repr(self) -> str:
         """Sizes and code widths for `print(model)`."""
         groups = ", ".join(f"{group.cols} x {group.width}" for group in self.spec.layout.groups)
-        return f"in_features={self.in_features}, out_features={self.out_features}, columns=({groups})"
+        activations = ", activations=" + ("float32" if self.exact else "int8") if self.is_tiled else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}, columns=({groups}){activations}"
+
+    def _tiled(self) -> TiledWeight:
+        buffers = self._buffers
+        tiles = buffers["tiles"]
+        assert tiles is not None
+        return TiledWeight(self.spec.layout, tiles, buffers["order"], buffers["col"])
+
+    def _column_types(self) -> Tensor:
+        if self.is_tiled:
+            return column_types(self.spec.layout, self.get_buffer("order"))
+        return self.get_buffer(COLUMN_TYPES)
+
+    def _untile(self) -> None:
+        if self.is_tiled:
+            tensors = self.packed().tensors
+            self._replace_buffers({name: tensors[name] for name in self.spec.specs()}, persistent=True)
+
+    def _replace_buffers(self, tensors: Mapping[str, Tensor | None], *, persistent: bool) -> None:
+        for name in list(self._buffers):
+            delattr(self, name)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=persistent)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_tiled:
+            tensors = self.packed().tensors
+            destination |= {prefix + name: tensors[name] for name in self.spec.specs()}
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._untile()
+        super()._load_from_state_dict(*args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         # Behind .to(), .half(), .cuda() and the like: take the packed tensors along to a device, never to a dtype.
+        if self.is_tiled and fn(torch.empty(0)).device.type != "cpu":
+            self._untile()
         packed = {id(buffer) for buffer in self._buffers.values()}
 
         def keep_dtype(tensor: Tensor) -> Tensor:

@@ -15,6 +15,17 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def resident_bytes() -> int | None:
+    """Resident memory of this process now, in bytes; None where the system does not say."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    for line in status.read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
 def available_memory_bytes() -> int | None:
     """Memory that can be had without swapping, in bytes; None where the system does not say."""
     meminfo = Path("/proc/meminfo")

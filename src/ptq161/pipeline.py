@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import ptq161
+from ptq161.blocks import float32_vectors
 from ptq161.checkpoint import WorkFolder, check_disk, check_out
-from ptq161.config import CalibrationConfig, Distill, QuantConfig, preset_named, unknown
+from ptq161.config import DEFAULT_PRESET, CalibrationConfig, Distill, QuantConfig, preset_named, unknown
 from ptq161.data import calibration_and_fresh_tokens
-from ptq161.distill import held_out_count, memory_bytes, student_of, tune
+from ptq161.distill import held_out_count, memory_bytes, step_count, student_of, tune
 from ptq161.errors import InputError, Ptq161Error
 from ptq161.folder import tensor_checksum
 from ptq161.hf import save_packed
@@ -42,7 +43,7 @@ def quantize(
     out: str | Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    preset: str = "paper",
+    preset: str = DEFAULT_PRESET,
     calib: str | Sequence[str] | None = None,
     samples: int | None = None,
     seqlen: int | None = None,
@@ -74,10 +75,13 @@ def quantize(
     tokens, fresh = calibration_and_fresh_tokens(
         calibration, _fresh_samples(config, calibration), source.tokenizer, source.model
     )
+    learned = _learned_samples(config, tokens, fresh)
     identity = _fingerprint(source.model.state_dict())
     prepared = prepare(source.model, tokens, config, blocks, torch_device)
     predicted = predict(source.model, prepared.layout, save_dtype)
     check_disk(out, predicted["file_bytes"] + _work_bytes(prepared, tokens.shape, config))
+    if config.distill is Distill.REQUIRED and (obstacle := _obstacle(prepared, config, learned, torch_device)):
+        raise InputError(f"distillation {obstacle}; give what it needs, or --set distill=auto")
     job = {
         "model": identity,
         "config": asdict(config),
@@ -93,22 +97,24 @@ def quantize(
         try:
             for block in walk(prepared, tokens, config, torch_device, work.load_streams(), on_progress):
                 work.save_block(block.index, block.packed, block.record)
-                if config.distill is not Distill.OFF:
+                if config.distill is not Distill.OFF and block.latents:
                     work.save_latents(block.index, block.latents)
                 work.save_streams(block.streams)
             packed, records = work.load_blocks(prepared.first, prepared.last)
-            learned = fresh if config.distill_fresh else tokens
-            distillation = _distill(work, prepared, packed, learned, config, torch_device, on_progress)
-            run = _run_record(config, calibration, tokens, prepared, records, distillation, model)
-            save_packed(
-                work.result,
-                source.model,
-                prepared.layout,
-                packed,
-                dtype=save_dtype,
-                run=run,
-                tokenizer=source.tokenizer,
-            )
+            with float32_vectors(source.model):
+                distillation = _distill(work, prepared, packed, learned, config, torch_device, on_progress)
+                if distillation is not None:
+                    distillation["fresh"] = learned is fresh
+                run = _run_record(config, calibration, tokens, prepared, records, distillation, model)
+                save_packed(
+                    work.result,
+                    source.model,
+                    prepared.layout,
+                    packed,
+                    dtype=save_dtype,
+                    run=run,
+                    tokenizer=source.tokenizer,
+                )
             work.publish()
         except (OSError, SafetensorError) as error:
             raise Ptq161Error(
@@ -136,19 +142,16 @@ def _distill(
 ) -> dict[str, Any] | None:
     """Tune the whole model after its blocks: replaces `packed` and the model's norm weights by what was learned.
 
-    Returns the JSON record; None where it is off, its reason under `skipped` where it does not fit. Raises InputError
+    Returns the JSON record; None where it is off, its reason under `skipped` where it does not fit. Raises Ptq161Error
     in that case if it is required.
     """
     if config.distill is Distill.OFF:
         return None
     model = prepared.model
-    needed = memory_bytes(model, prepared.layout.quantized_weights, samples.shape[1], config)
-    available = free_memory_bytes(device)
-    if available is not None and needed > available:
-        reason = f"needs about {needed / 1e9:.1f} GB more memory, {available / 1e9:.1f} GB are free"
+    if obstacle := _obstacle(prepared, config, samples, device):
         if config.distill is Distill.REQUIRED:
-            raise InputError(f"distillation {reason}; finished blocks are kept. Free memory, or --set distill=auto")
-        return {"skipped": reason}
+            raise Ptq161Error(f"distillation {obstacle}; finished blocks are kept, the same command continues")
+        return {"skipped": obstacle}
     began = time.monotonic()
 
     def on_step(step: int, steps: int, loss: float) -> None:
@@ -170,11 +173,35 @@ def _distill(
     return record | {"seconds": time.monotonic() - began}
 
 
+def _learned_samples(
+    config: QuantConfig, tokens: Int64[Tensor, "samples seq"], fresh: Int64[Tensor, "fresh seq"]
+) -> Int64[Tensor, "learned seq"]:
+    """What distillation learns from: fresh samples, or the calibration samples again where the text has no more."""
+    enough = len(fresh) - held_out_count(len(fresh)) >= config.distill_batch_size
+    return fresh if config.distill_fresh and enough else tokens
+
+
+def _obstacle(prepared: Prepared, config: QuantConfig, samples: Tensor, device: torch.device) -> str | None:
+    """Why distillation cannot run, if it cannot: a method that learns no codes, too little text or memory."""
+    if config.method != "mixed":
+        return f"needs codes that are learned, and those of method {config.method} are not"
+    if step_count(len(samples) - held_out_count(len(samples)), samples.shape[1], config) < 1:
+        return (
+            f"needs {config.distill_batch_size} samples besides a held-out one, and distill_tokens for them; there are "
+            f"{len(samples)} of {samples.shape[1]} tokens, and distill_tokens={config.distill_tokens}"
+        )
+    needed = memory_bytes(prepared.model, prepared.layout.quantized_weights, samples.shape[1], config)
+    available = free_memory_bytes(device)
+    if available is None or needed <= available:
+        return None
+    return f"needs about {needed / 1e9:.1f} GB more memory, {available / 1e9:.1f} GB are free"
+
+
 def plan(
     model: str | Path | PreTrainedModel,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    preset: str = "paper",
+    preset: str = DEFAULT_PRESET,
     calib: str | Sequence[str] | None = None,
     samples: int | None = None,
     seqlen: int | None = None,
@@ -232,6 +259,11 @@ def settings(
     config = chosen.quant.replaced(values)
     if config.method not in METHODS:
         raise InputError(unknown("method", config.method, METHODS))
+    if config.distill is Distill.REQUIRED and config.method != "mixed":
+        raise InputError(
+            f"distill={config.distill} with method={config.method}: only the codes of method mixed can be learned "
+            "further; give --set distill=off"
+        )
     given = {"sources": calib, "samples": samples, "seqlen": seqlen, "seed": seed}
     calibration = chosen.calibration.replaced({key: value for key, value in given.items() if value is not None})
     return config, calibration
@@ -297,7 +329,7 @@ def _stream_bytes(prepared: Prepared, shape: torch.Size) -> int:
 
 def _fresh_samples(config: QuantConfig, calibration: CalibrationConfig) -> int:
     """Samples to draw besides the calibration ones: what distillation can use, and those it holds out."""
-    if config.distill is Distill.OFF or not config.distill_fresh:
+    if config.distill is Distill.OFF or config.method != "mixed" or not config.distill_fresh:
         return 0
     wanted = config.distill_tokens // calibration.seqlen
     return wanted + held_out_count(wanted)

@@ -74,12 +74,17 @@ class _Location:
 
 
 def open_model(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, mode: str = "auto"
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    mode: str = "auto",
+    activations: str = "int8",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Any model with its tokenizer, ready to run on `device`.
 
-    dtype: None keeps what is stored (float32 for a GGUF). mode: how a packed checkpoint computes, see `hf.load`; a
-    dense model is always dense.
+    dtype: None keeps what is stored (float32 for a GGUF). mode, activations: how a packed checkpoint computes, see
+    `hf.load`; a dense model is always dense.
 
     Raises InputError (UnsupportedModel, CheckpointError) if there is no such model or it cannot be loaded.
     """
@@ -87,7 +92,7 @@ def open_model(
         raise InputError(unknown("mode", mode, MODES))
     if is_packed(path):
         with _quiet(bars=False):
-            model = load(path, device=device, dtype=dtype, mode=mode)
+            model = load(path, device=device, dtype=dtype, mode=mode, activations=activations)
         return model, _tokenizer(_Location(str(path), str(path)), model.config)
     if mode == "packed":
         raise InputError(f"{path} is not a packed ptq161 checkpoint: mode 'packed' needs one, use 'auto'")

@@ -286,3 +286,46 @@ def show_problems(out: Console, problems: Sequence[Mapping[str, Any]]) -> None:
     for problem in problems:
         where = problem["file"] if problem["tensor"] is None else f"{problem['file']}: tensor {problem['tensor']}"
         out.print(f"{where}: {problem['what']}")
+
+
+def show_shape_speed(out: Console, result: Mapping[str, Any]) -> None:
+    """Products with one linear: one row per contender and number of tokens."""
+    rows, cols = result["shape"]
+    table = numbers_table(
+        "weights", "tokens", "median µs", "p10 µs", "CPU µs", "GFLOP/s", "GB/s of the file", "of memory"
+    )
+    for row in result["measured"]:
+        rates = (optional(row[key], ".1f") for key in ("gb_s", "memory_gb_s"))
+        times = (
+            f"{row['median_us']:.1f}",
+            f"{row['p10_us']:.1f}",
+            optional(row["cpu_us"], ".1f"),
+            optional(row["gflop_s"], ".0f"),
+        )
+        table.add_row(row["weights"], str(row["tokens"]), *times, *rates)
+    out.print(f"{rows} x {cols}, {result['format']} format, {_where(result)}, weights cold")
+    out.print(table)
+    _show_speedup(out, result)
+
+
+def show_model_speed(out: Console, result: Mapping[str, Any]) -> None:
+    """A whole model: one row per contender."""
+    table = numbers_table("weights", "prefill tokens/s", "decode tokens/s")
+    for row in result["measured"]:
+        table.add_row(row["weights"], f"{row['prefill_tok_s']:.1f}", f"{row['decode_tok_s']:.1f}")
+    sizes = f"{result['prompt_tokens']} prompt and {result['new_tokens']} new tokens"
+    out.print(f"{result['model']}, {_where(result)}, {sizes}")
+    out.print(table)
+    memory = "" if result["resident_bytes"] is None else f", {size(result['resident_bytes'])} resident"
+    out.print(f"loaded in {duration(result['load_seconds'])}{memory}; packed linears: {size(result['weight_bytes'])}")
+    _show_speedup(out, result)
+
+
+def _where(result: Mapping[str, Any]) -> str:
+    kernel = result["kernels"][0] if result["kernels"] else "no"
+    return f"{kernel} kernel, {result['threads']} thread{'s' * (result['threads'] > 1)}"
+
+
+def _show_speedup(out: Console, result: Mapping[str, Any]) -> None:
+    if result["speedup"] is not None:
+        out.print(f"packed decodes {result['speedup']:.1f} times as fast as the faster dense one")

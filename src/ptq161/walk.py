@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ptq161.allocation import LAYOUTS, MIXED_WIDTHS
 from ptq161.binarize import QuantizedWeight
-from ptq161.blocks import BlockTask, Streams, advance, check_stats, check_weights, watch_inputs
+from ptq161.blocks import BlockTask, Streams, advance, check_stats, check_weights, float32_vectors, watch_inputs
 from ptq161.budget import LinearShape
 from ptq161.config import Allocation, QuantConfig
 from ptq161.discovery import Trace, block_linears, decoder_blocks, first_hidden, linear_shapes, trace, without_blocks
@@ -128,7 +128,9 @@ def _harms(
     home = next(model.parameters()).device
     try:
         model.to(device)  # type: ignore[arg-type]
-        return shared_harms(model, shapes, samples[: config.allocation_samples].to(device), MIXED_WIDTHS, generator)
+        chosen = samples[: config.allocation_samples].to(device)
+        with float32_vectors(model):
+            return shared_harms(model, shapes, chosen, MIXED_WIDTHS, generator)
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"a backward pass of the whole model does not fit the memory of {device}; give --set allocation=uniform"

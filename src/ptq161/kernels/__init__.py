@@ -1,5 +1,22 @@
-"""The `ptq161::linear` op. Importing this package defines it; a module per device may add a faster implementation."""
+"""The ops behind packed linears. Importing this package defines them.
 
+`ptq161::linear` takes the stored tensors on any device; a module per device may add a faster implementation.
+`ptq161::tiled_linear` takes the order that CPU kernels read (tiles.py, cpu.py).
+"""
+
+from ptq161.kernels.cpu import kernels as cpu_kernels
+from ptq161.kernels.cpu import read_memory, tiled_linear
 from ptq161.kernels.ops import has_fast_kernel, linear
+from ptq161.kernels.tiles import TiledWeight, column_types, tile, untile
 
-__all__ = ["has_fast_kernel", "linear"]
+__all__ = [
+    "TiledWeight",
+    "column_types",
+    "cpu_kernels",
+    "has_fast_kernel",
+    "linear",
+    "read_memory",
+    "tile",
+    "tiled_linear",
+    "untile",
+]

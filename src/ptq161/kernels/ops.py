@@ -25,7 +25,7 @@ _PACKED = (
     "Tensor? column_types, Tensor[] codes, Tensor[] scales, Tensor?[] zeros, Tensor?[] means, Tensor?[] cols, "
     "int[] widths, int[] sizes"
 )
-_WIDTH_NAMES = {width.count: name for name, width in CODE_WIDTHS.items()}
+WIDTH_NAMES = {width.count: name for name, width in CODE_WIDTHS.items()}
 
 LIBRARY = torch.library.Library("ptq161", "DEF")
 LIBRARY.define(f"linear(Tensor x, {_PACKED}, Tensor? bias) -> Tensor")
@@ -60,7 +60,8 @@ def arguments(packed: PackedWeight) -> tuple[Any, ...]:
 def has_fast_kernel(device: torch.device) -> bool:
     """Whether the device has a kernel of its own, so that weights need not be unpacked at every call."""
     key = torch._C._dispatch_key_for_device(device.type)
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("ptq161::linear", key))
+    ops = ("ptq161::linear", "ptq161::tiled_linear")
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(op, key) for op in ops)
 
 
 def packed_weight(
@@ -80,16 +81,16 @@ def packed_weight(
             f"ptq161::linear got lists of {lengths} entries; expected one entry per column group in each of codes, "
             "scales, zeros, means, cols, widths and sizes"
         )
-    unknown = [count for count in widths if count not in _WIDTH_NAMES]
+    unknown = [count for count in widths if count not in WIDTH_NAMES]
     if unknown:
-        raise InputError(f"ptq161::linear got codes of {unknown[0]} levels; expected one of {sorted(_WIDTH_NAMES)}")
+        raise InputError(f"ptq161::linear got codes of {unknown[0]} levels; expected one of {sorted(WIDTH_NAMES)}")
     groups = []
     named: dict[str, Tensor | None] = {COLUMN_TYPES: column_types}
     for i, (zero, mean, col) in enumerate(zip(zeros, means, cols, strict=True)):
         named |= {codes_name(i): codes[i], f"scale_{i}": scales[i], f"zero_{i}": zero, f"mean_{i}": mean}
         named[f"col_{i}"] = col
         vectors = {"zero": zero is not None, "mean": mean is not None, "col": col is not None}
-        groups.append(GroupLayout(_WIDTH_NAMES[widths[i]], sizes[i], **vectors))
+        groups.append(GroupLayout(WIDTH_NAMES[widths[i]], sizes[i], **vectors))
     layout = LinearLayout(int(scales[0].numel()), tuple(groups))  # never a symbolic size: weights do not vary
     packed = PackedWeight(layout, {name: tensor for name, tensor in named.items() if tensor is not None})
     _check_tensors(packed)

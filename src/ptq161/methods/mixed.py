@@ -1,13 +1,15 @@
 """Mixed widths on one decoder block: 1-bit, ternary and 4-bit channels, codes and scales learned together."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from ptq161.binarize import QuantizedWeight, reconstruct
-from ptq161.blocks import BlockTask, second_moments
+from ptq161.blocks import BlockTask, InputStats, second_moments
 from ptq161.compensation import compensated_weight, damped, damping_for
 from ptq161.config import QuantConfig
 from ptq161.errors import NonFiniteError
@@ -27,7 +29,7 @@ def mixed(task: BlockTask, config: QuantConfig, on_step: OnStep) -> BlockResult:
     """
     start = _start(task) if config.epochs else _compensated_start(task)
     loss_first, outputs = measure(task, start, config)
-    learn = replace(config, epochs=config.epochs)
+    learn = config
     for _ in range(ATTEMPTS if config.epochs else 0):
         latents = {name: LatentWeight.of(linear.weight, start[name]) for name, linear in task.linears.items()}
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + task.index)
@@ -87,9 +89,20 @@ def _split_rows(weight: QuantizedWeight, sizes: list[int]) -> list[QuantizedWeig
 
 def _shared_columns(task: BlockTask) -> dict[str, list[Tensor]]:
     """First linear of each shared input -> channels of each column group."""
-    importance: dict[str, Tensor] = {}
-    for name, linear in task.linears.items():
-        owner = task.columns_from.get(name, name)
-        harm = task.stats[name].square_sum * linear.weight.detach().float().square().sum(dim=0)
-        importance[owner] = importance[owner] + harm if owner in importance else harm
+    importance = shared_importance(task.linears, task.stats, task.columns_from)
     return {owner: group_columns(harm, task.widths[owner]) for owner, harm in importance.items()}
+
+
+def shared_importance(
+    linears: Mapping[str, nn.Linear], stats: Mapping[str, InputStats], columns_from: Mapping[str, str]
+) -> dict[str, Float[Tensor, " cols"]]:
+    """First linear of each shared input -> importance of its channels, which decides who gets the wider codes.
+
+    It is the squared input summed over the calibration tokens, times the squared weights of the channel's columns.
+    """
+    importance: dict[str, Tensor] = {}
+    for name, linear in linears.items():
+        owner = columns_from.get(name, name)
+        harm = stats[name].square_sum * linear.weight.detach().float().square().sum(dim=0)
+        importance[owner] = importance[owner] + harm if owner in importance else harm
+    return importance

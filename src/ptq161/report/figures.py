@@ -1,12 +1,11 @@
 """One function per figure: JSON values in, a matplotlib Figure out. No global state (no pyplot), no file is touched.
 
 Every function takes the figure's width in inches, so that a page can hold a wide and a narrow drawing of the same
-data. The colours are those of COLOURS, each used for one purpose, so that a page can swap them for a dark theme.
+data. The colours are those of the palette, so that a page can swap them for a dark theme.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 try:
@@ -18,76 +17,10 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f'figures need {error.name}: pip install "ptq161[report]"', name=error.name) from error
 
-# Purpose -> (light, dark). The light value is what is drawn.
-COLOURS: dict[str, tuple[str, str]] = {
-    "ink": ("#1e2329", "#e6e9ee"),
-    "muted": ("#5d6672", "#9aa4b2"),
-    "grid": ("#dfe3e8", "#333b46"),
-    "sign": ("#3d6fd1", "#6f9bf0"),
-    "minus": ("#dbe5f8", "#243450"),
-    "salient": ("#d9730d", "#f0964a"),
-    "third": ("#8a4fc4", "#b58be6"),
-    "scales": ("#1f9180", "#4cc2ae"),
-    "columns": ("#c03b76", "#ea7fae"),
-    "other": ("#9aa2ad", "#6a7482"),
-    "dense": ("#c9ced6", "#434c59"),
-    "on_colour": ("#ffffff", "#10141a"),
-}
-PARTS = {
-    "codes_1bit": ("signs, 1 bit each", "sign"),
-    "codes_ternary": ("ternary codes, 1.6 bits each", "third"),
-    "codes_4bit": ("4-bit codes", "salient"),
-    "scales": ("row and column factors", "scales"),
-    "columns": ("mask of salient channels", "columns"),
-    "other": ("not quantized", "other"),
-    "dense": ("linear layers at 16 bits", "dense"),
-}
-WHOLE = "file"  # a file whose parts are not known: drawn hollow
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "font.family": "sans-serif",
-    "svg.fonttype": "none",
-    "text.color": COLOURS["ink"][0],
-    "axes.labelcolor": COLOURS["muted"][0],
-    "axes.edgecolor": COLOURS["grid"][0],
-    "axes.titlecolor": COLOURS["ink"][0],
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": COLOURS["grid"][0],
-    "xtick.color": COLOURS["muted"][0],
-    "ytick.color": COLOURS["muted"][0],
-    "xtick.labelcolor": COLOURS["muted"][0],
-    "ytick.labelcolor": COLOURS["ink"][0],
-    "legend.frameon": False,
-    "legend.handlelength": 1.0,
-    "legend.columnspacing": 1.2,
-}
+from ptq161.report.palette import MINUS, STYLE, WHOLE, WIDTHS, colour, part
+from ptq161.report.results import Channels, Corner
 
-
-@dataclass(frozen=True)
-class Channels:
-    """Input channels of one linear: the magnitude of each on the calibration text, and which are salient."""
-
-    block: int
-    linear: str
-    measure: str  # such as "mean |x|"
-    magnitude: Sequence[float]
-    salient: Sequence[bool]
-
-
-def colour(purpose: str) -> str:
-    """The colour drawn for a purpose."""
-    return COLOURS[purpose][0]
-
-
-def part(name: str) -> tuple[str, str]:
-    """Label and colour purpose of a part of the file; a code width without an entry here gets its own name."""
-    if name in PARTS:
-        return PARTS[name]
-    return f"{name.removeprefix('codes_')} codes" if name.startswith("codes_") else name, "third"
+CELL_INCHES = 0.235  # a weight of the corner
 
 
 def storage_figure(files: Mapping[str, Mapping[str, int]], width: float) -> Figure:
@@ -136,14 +69,14 @@ def bits_figure(parts: Mapping[str, int], weights: int, width: float) -> Figure:
 
 
 def loss_figure(blocks: Sequence[Mapping[str, Any]], width: float) -> Figure:
-    """Objective of every block with its first and with its stored factors, on a logarithmic axis."""
+    """Objective of every block before and after it was learned, on a logarithmic axis."""
     with _figure(width, 2.9) as (figure, axes):
         index = [block["index"] for block in blocks]
         first = [block["loss_first"] for block in blocks]
         last = [block["loss_last"] for block in blocks]
         axes.vlines(index, last, first, color=colour("grid"), linewidth=2.5)
         axes.plot(index, first, "o", color=colour("other"), markersize=4.5, label="before learning")
-        axes.plot(index, last, "o", color=colour("sign"), markersize=4.5, label="as stored")
+        axes.plot(index, last, "o", color=colour("sign"), markersize=4.5, label="after learning")
         _logarithmic(axes)
         axes.set_xlabel("decoder block")
         axes.set_ylabel("difference from the original block")
@@ -155,59 +88,76 @@ def loss_figure(blocks: Sequence[Mapping[str, Any]], width: float) -> Figure:
 
 
 def channels_figure(channels: Sequence[Channels], width: float) -> Figure:
-    """Magnitude of every input channel, one panel per linear, salient channels coloured (Fig. 3a of the paper)."""
-    height = 0.5 + 1.45 * len(channels)
+    """Importance of every input channel, one panel per linear, coloured by code width (after Fig. 3a of the paper)."""
+    height = 0.5 + (1.45 if width > 5 else 1.6) * len(channels)
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         panels = figure.subplots(len(channels), squeeze=False)[:, 0]
         for axes, shown in zip(panels, channels, strict=True):
-            highest = max(shown.magnitude) or 1.0
-            # A channel that is next to dead must not take the axis from the others.
-            lowest = max(min((value for value in shown.magnitude if value > 0), default=highest), highest / 1e5)
-            for wanted, purpose in ((False, "other"), (True, "salient")):
-                sticks = [i for i, salient in enumerate(shown.salient) if salient == wanted]
-                # One path of disconnected sticks: a collection would write an element for every channel.
-                x = [value for i in sticks for value in (i, i, float("nan"))]
-                y = [value for i in sticks for value in (lowest * 0.8, max(shown.magnitude[i], lowest), float("nan"))]
-                # Thousands of sticks in a few hundred points: as wide as one channel's place, but visible.
-                stroke = max(0.35, 0.6 * (width - 0.8) * 72 / len(shown.magnitude))
-                axes.plot(x, y, color=colour(purpose), linewidth=stroke, solid_capstyle="butt")
-            axes.set_xlim(-1, len(shown.magnitude))
-            axes.set_ylim(lowest * 0.8, highest * 1.25)
-            _logarithmic(axes)
-            axes.set_title(
-                f"block {shown.block}, {shown.linear}: {sum(shown.salient)} of {len(shown.salient)} channels"
-            )
-            axes.grid(axis="y")
-            axes.tick_params(which="both", bottom=False, left=False)
+            _dots(axes, shown, width)
+            counts = ", ".join(f"{shown.widths.count(name)} × {WIDTHS[name][0]}" for name in _widths([shown.widths]))
+            axes.set_title(f"block {shown.block}, {shown.linear}:{' ' if width > 5 else chr(10)}{counts}")
         panels[-1].set_xlabel("input channel")
-        figure.supylabel(f"{channels[0].measure} on the calibration text", fontsize=9, color=colour("muted"))
-        _legend(figure, [("binarized channels", "other"), ("salient channels, 4 bits", "salient")], 2)
+        figure.supylabel(channels[0].measure, fontsize=9, color=colour("muted"))
+        drawn = _widths(shown.widths for shown in channels)
+        _legend(figure, [WIDTHS[name][:2] for name in drawn], len(drawn))
     return figure
 
 
-def corner_figure(codes: Sequence[Sequence[int]], salient: Sequence[bool], width: float) -> Figure:
-    """A corner of a packed weight as it is stored: + and - for binarized channels, 0 to 15 for salient ones.
+def _dots(axes: Axes, shown: Channels, width: float) -> None:
+    """One dot per channel of a linear, on a logarithmic axis."""
+    highest = max(shown.importance) or 1.0
+    # A channel that is next to dead must not take the axis from the others.
+    lowest = max(min((value for value in shown.importance if value > 0), default=highest), highest / 1e9)
+    # Thousands of dots in a few hundred points must not hide each other.
+    diameter = min(4.0, max(2.0, 2 * (width - 0.8) * 72 / len(shown.importance)))
+    for name in _widths([shown.widths]):
+        chosen = [index for index, of_channel in enumerate(shown.widths) if of_channel == name]
+        # One path of very short lines with round ends: markers would write an element for every channel.
+        x = [value for i in chosen for value in (i, i + 0.01, float("nan"))]
+        y = [value for i in chosen for value in (*[max(shown.importance[i], lowest)] * 2, float("nan"))]
+        axes.plot(x, y, color=colour(WIDTHS[name][1]), linewidth=diameter, solid_capstyle="round")
+    axes.set_xlim(-1, len(shown.importance))
+    axes.set_ylim(lowest * 0.7, highest * 1.4)
+    _logarithmic(axes)
+    axes.grid(axis="y")
+    axes.tick_params(which="both", bottom=False, left=False)
 
-    codes: rows of levels, one per channel of `salient`. A narrow figure shows fewer channels.
+
+def corner_figure(corner: Corner, width: float) -> Figure:
+    """Some weights of a linear as they are stored: a sign, a ternary digit or an odd level of -15 to 15 each.
+
+    Positive levels have strong colours, negative ones faint ones, zeros none. A narrow figure shows fewer channels.
     """
-    shown = min(len(salient), int(width / 0.235))
-    with _figure(width, len(codes) * width / shown) as (figure, axes):
-        for row, levels in enumerate(codes):
-            for column in range(shown):
-                if salient[column]:
-                    text, face, ink = str(levels[column]), "salient", "on_colour"
-                elif levels[column] > 0:
-                    text, face, ink = "+", "sign", "on_colour"
-                else:
-                    text, face, ink = "\N{MINUS SIGN}", "minus", "sign"
-                axes.add_patch(Rectangle((column + 0.04, row + 0.04), 0.92, 0.92, facecolor=colour(face)))
-                axes.text(column + 0.5, row + 0.54, text, ha="center", va="center", fontsize=8, color=colour(ink))
+    shown = min(len(corner.widths), int(width / CELL_INCHES))
+    drawn = _widths([corner.widths[:shown]])
+    with _figure(width, len(corner.codes) * width / shown + 0.25) as (figure, axes):
+        for row, levels in enumerate(corner.codes):
+            for column, (level, name) in enumerate(zip(levels[:shown], corner.widths, strict=False)):
+                _weight(axes, column, row, level, name)
         axes.set_xlim(0, shown)
-        axes.set_ylim(len(codes), 0)
+        axes.set_ylim(len(corner.codes), 0)
         axes.set_aspect("equal")
         axes.axis("off")
+        _legend(figure, [WIDTHS[name][:2] for name in drawn], len(drawn))
     return figure
+
+
+def _weight(axes: Axes, column: int, row: int, level: int, width: str) -> None:
+    """One cell of the corner."""
+    purpose = WIDTHS[width][1]
+    face = colour(purpose) if level > 0 else colour(f"{purpose}_minus") if level < 0 else "none"
+    edge = "none" if level else colour(f"{purpose}_minus")
+    axes.add_patch(Rectangle((column + 0.06, row + 0.06), 0.88, 0.88, facecolor=face, edgecolor=edge, linewidth=0.8))
+    ink = colour("on_colour") if level > 0 else colour(purpose)
+    text, size = (str(level).replace("-", MINUS), 6.5) if width == "4bit" else ({1: "+", 0: "0", -1: MINUS}[level], 8)
+    axes.text(column + 0.5, row + 0.54, text, ha="center", va="center", fontsize=size, color=ink)
+
+
+def _widths(channels: Iterable[Sequence[str]]) -> list[str]:
+    """The code widths that occur among channels, narrowest first."""
+    occurring = {name for widths in channels for name in widths}
+    return [name for name in WIDTHS if name in occurring]
 
 
 @contextmanager

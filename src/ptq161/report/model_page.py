@@ -1,65 +1,12 @@
 """The page about one packed model: what it weighs, what quantizing it lost, what it says; for readers of no paper."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 from ptq161.report import page
-from ptq161.report.figures import (
-    WHOLE,
-    Channels,
-    bits_figure,
-    channels_figure,
-    corner_figure,
-    loss_figure,
-    part,
-    storage_figure,
-)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One row of the perplexity table; `result` is the JSON of `ptq161 eval`."""
-
-    name: str
-    file_bytes: int
-    result: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What both models wrote after the same prompt, unedited."""
-
-    prompt: str
-    original: str
-    packed: str
-
-
-@dataclass(frozen=True)
-class Corner:
-    """Stored levels in the first rows and channels of one linear: codes by row, and which channels are salient."""
-
-    linear: str
-    codes: Sequence[Sequence[int]]
-    salient: Sequence[bool]
-
-
-@dataclass(frozen=True)
-class ModelResults:
-    """Everything on the page. `quantize` and `inspect` are the JSON of those commands."""
-
-    name: str
-    source_label: str  # what the source file is, e.g. "source file (GGUF, Q4_1)"
-    source_bytes: int
-    quantize: Mapping[str, Any]
-    inspect: Mapping[str, Any]
-    evaluations: Sequence[Evaluation]  # the original first, the packed model last
-    channels: Sequence[Channels]
-    corner: Corner
-    samples: Sequence[Sample]
-    commands: Sequence[str]
-    caveats: Sequence[str]
+from ptq161.report.explanations import EXPLANATIONS, distillation_in_words, objective_in_words, widths_in_words
+from ptq161.report.figures import bits_figure, channels_figure, corner_figure, loss_figure, storage_figure
+from ptq161.report.palette import WHOLE, part
+from ptq161.report.results import ModelResults
 
 
 def model_page(results: ModelResults) -> str:
@@ -74,6 +21,7 @@ def model_page(results: ModelResults) -> str:
             *_format(results),
             *_storage(results),
             *_losses(results),
+            *_distillation(results),
             *_channels(results),
             *_perplexity(results),
             *_samples(results),
@@ -87,22 +35,18 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
-def perplexities(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """(source, perplexity entry) pairs of an `eval` JSON."""
-    return list(result["perplexity"].items())
-
-
 def _summary(results: ModelResults) -> list[str]:
     inspected, first, last = results.inspect, results.evaluations[0], results.evaluations[-1]
-    (_, before), (_, after) = perplexities(first.result)[0], perplexities(last.result)[0]
+    (_, before), (_, after) = first.perplexities[0], last.perplexities[0]
     left = inspected["dense_linears"]
     untouched = f" ({left} linear layers were left as they are)" if left else ""
+    tuned = (results.quantize["distillation"] or {}).get("kept", False)
+    at_last = " In the end it was tuned as a whole to predict what the original predicts." if tuned else ""
     return [
         page.paragraph(
             f"Every weight of {inspected['quantized_linears']} linear layers of this language model was replaced by "
-            f"little more than its sign{untouched}. Nothing was retrained: a calibration text was run through the "
-            "model, block by block, to decide which few weights deserve 4 bits and how large the signs should count. "
-            "This page shows what that saved and what it cost."
+            f"little more than its sign{untouched}. {EXPLANATIONS[results.method].in_short}{at_last} This page shows "
+            "what that saved and what it cost."
         ),
         page.tiles(
             [
@@ -117,20 +61,20 @@ def _summary(results: ModelResults) -> list[str]:
 
 
 def _format(results: ModelResults) -> list[str]:
-    corner = results.corner
+    corner, explanation = results.corner, EXPLANATIONS[results.method]
+    last = corner.first_channel + len(corner.widths) - 1
     return [
         "<h2>What a weight becomes</h2>",
         page.paragraph(
             "A linear layer multiplies its inputs with a matrix: one column for each input channel, one row for each "
-            "output. Some input channels carry far larger values than others, and an error in their column costs "
-            "more. Those salient columns (orange) keep 4 bits a weight, a number from 0 to 15. Of all other weights "
-            "only the sign is kept, + or −, with one size per row and one per column to scale it."
+            f"output. {explanation.ranking} {widths_in_words(results.width_shares)} {explanation.factors}"
         ),
         page.figure(
             "corner",
-            lambda width: corner_figure(corner.codes, corner.salient, width),
-            f"A corner of {corner.linear}: a grid of plus and minus signs with a few columns of numbers from 0 to 15.",
-            f"The first rows and columns of {corner.linear}, as they lie in the file.",
+            lambda width: corner_figure(corner, width),
+            f"Weights of {corner.linear}: columns of plus and minus signs, zeros and numbers from -15 to 15.",
+            f"The first rows of {corner.linear}, channels {corner.first_channel} to {last} (fewer on a narrow screen), "
+            "as they lie in the file. Strong colours are positive, faint ones negative.",
         ),
     ]
 
@@ -163,8 +107,8 @@ def _storage(results: ModelResults) -> list[str]:
             "bits",
             lambda width: bits_figure(parts, weights, width),
             "Bits per weight by part: " + "; ".join(f"{name} {bits}" for name, _, bits in rows if bits),
-            f"All bytes stored because of quantization, over {weights:,} weights: sign bits, codes, factors, mask and "
-            f"padding.{formula}",
+            f"All bytes stored because of quantization, over {weights:,} weights: codes with their padding, scale "
+            f"factors, and which channel has which width.{formula}",
         ),
         page.table(("part", "bytes", "bits per weight"), rows, numbers=(1, 2), totals=(len(rows) - 3, len(rows) - 1)),
     ]
@@ -177,42 +121,49 @@ def _losses(results: ModelResults) -> list[str]:
     return [
         "<h2>Block by block</h2>",
         page.paragraph(
-            "The model is quantized one decoder block at a time. The signs stay fixed; their sizes per row and per "
-            "column are learned so that the block's output on the calibration text comes close to that of the "
-            "original block, in size and in direction."
+            "The model is quantized one decoder block at a time, so that the block's output on the calibration text "
+            f"comes close to that of the original block. {EXPLANATIONS[results.method].learning}"
         ),
         page.figure(
             "loss",
             lambda width: loss_figure(blocks, width),
-            f"Loss of {len(blocks)} blocks before learning and as stored. {verdict}",
-            "Error in size plus negative logarithm of the cosine, against two targets (the original block on the "
-            f"original stream and on the quantized one), mean over the calibration text. {verdict}",
+            f"Loss of {len(blocks)} blocks before and after learning. {verdict}",
+            f"{objective_in_words(results.config)}; added up for two targets: what the original block gives on the "
+            f"original model's states and on the quantized model's. {verdict}",
         ),
     ]
 
 
+def _distillation(results: ModelResults) -> list[str]:
+    record = results.quantize["distillation"]
+    if record is None:
+        return []
+    return ["<h2>The model as a whole</h2>", page.paragraph(distillation_in_words(record, results.config))]
+
+
 def _channels(results: ModelResults) -> list[str]:
+    columns = 8 * results.inspect["parts"]["columns"] / results.inspect["quantized_weights"]
+    measured = EXPLANATIONS[results.method].channels.format(measure=results.channels[0].measure)
     return [
-        "<h2>Which channels keep 4 bits</h2>",
+        "<h2>Which channels get more bits</h2>",
         page.figure(
             "channels",
             lambda width: channels_figure(results.channels, width),
-            "Magnitude of every input channel in "
+            "Importance of every input channel in "
             + ", ".join(f"block {shown.block} {shown.linear}" for shown in results.channels)
-            + "; the salient channels are the largest.",
-            f"How large the values are that reach each input channel of some layers: {results.channels[0].measure} in "
-            "the original model on the calibration text. The mask marks the largest. It chooses whole columns, not "
-            "single weights: that is why it costs next to nothing, one bit per channel.",
+            + "; the more important, the more bits.",
+            f"{measured} The highest get the most bits. Whole columns are chosen, not single weights: that is why it "
+            f"costs next to nothing to say which, {columns:.4f} bits per weight.",
         ),
     ]
 
 
 def _perplexity(results: ModelResults) -> list[str]:
-    baseline = dict(perplexities(results.evaluations[0].result))
+    baseline = dict(results.evaluations[0].perplexities)
     rows = []
     for evaluation in results.evaluations:
         bits = evaluation.result["bits_per_weight"]
-        for source, entry in perplexities(evaluation.result):
+        for source, entry in evaluation.perplexities:
             relative = entry["ppl"] / baseline[source]["ppl"]
             rows.append(
                 (
@@ -223,7 +174,7 @@ def _perplexity(results: ModelResults) -> list[str]:
                     f"{relative:.2f}×",
                 )
             )
-    entry = perplexities(results.evaluations[0].result)[0][1]
+    entry = results.evaluations[0].perplexities[0][1]
     return [
         "<h2>How much worse it predicts text</h2>",
         page.table(("model", "bits", "file", "perplexity", "relative"), rows, numbers=(1, 2, 3, 4)),

@@ -12,7 +12,7 @@ from html import escape
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from ptq161.report.figures import COLOURS, STYLE
+from ptq161.report.palette import COLOURS, STYLE
 
 WIDE_INCHES, NARROW_INCHES = 7.6, 4.0
 

@@ -1,0 +1,105 @@
+// The Python module ptq161.kernels._native: sizes are checked here, everything about tensors in kernels/cpu.py.
+//
+// Tensors come as (address, number of elements), because six arrays as nb::ndarray cost more than a small product.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <tuple>
+
+#include "kernels.h"
+
+namespace nb = nanobind;
+using namespace ptq161;
+
+namespace {
+
+using Array = std::tuple<uintptr_t, int64_t>;
+using GroupTuple = std::tuple<int, int64_t, float, float, bool, bool>;
+
+Layout layout_of(int64_t rows, const std::vector<GroupTuple>& described) {
+    std::vector<Group> groups;
+    for (const auto& [bits, cols, lowest, step, has_zero, has_mean] : described) {
+        Group group{};
+        group.bits = bits, group.cols = cols, group.lowest = lowest, group.step = step;
+        group.has_zero = has_zero, group.has_mean = has_mean;
+        groups.push_back(group);
+    }
+    return make_layout(rows, std::move(groups));
+}
+
+// The array's address, once it is known to hold `expected` elements; null for an optional array that is (0, 0).
+template <class Element>
+Element* checked(const char* name, const Array& array, int64_t expected, bool optional = false) {
+    const auto [address, count] = array;
+    if (optional && address == 0 && count == 0) return nullptr;
+    if (count != expected || (address == 0 && count != 0) || address % alignof(Element) != 0) {
+        throw std::invalid_argument(std::string(name) + " has " + std::to_string(count) + " elements, expected " +
+                                    std::to_string(expected) + " at an aligned address");
+    }
+    return reinterpret_cast<Element*>(address);
+}
+
+size_t item_size(Type type) { return type == Type::kFloat32 ? 4 : 2; }
+
+Type type_of(int number) {
+    if (number < 0 || number > 2) throw std::invalid_argument("expected type 0 (float32), 1 (bfloat16) or 2 (float16)");
+    return Type(number);
+}
+
+void call(const Layout& layout, const std::string& name, int64_t tokens, int type, const Array& x, const Array& y,
+          const Array& tiles, const Array& order, const Array& col, const Array& bias, int bias_type, bool exact,
+          int threads) {
+    constexpr int64_t kMostTokens = int64_t(1) << 32;
+    if (tokens < 0 || tokens > kMostTokens) throw std::invalid_argument("tokens out of range");
+    if (threads < 1) throw std::invalid_argument("expected at least one thread");
+    Product product{};
+    product.layout = &layout;
+    product.type = type_of(type), product.bias_type = type_of(bias_type);
+    product.tokens = tokens, product.exact = exact;
+    product.x = checked<uint16_t>("x", x, tokens * layout.cols);
+    product.y = checked<uint16_t>("y", y, tokens * layout.rows);
+    product.tiles = checked<uint8_t>("tiles", tiles, layout.tiles * layout.tile_bytes);
+    product.order = checked<int32_t>("order", order, layout.cols, true);
+    product.col = checked<uint16_t>("col", col, layout.cols, true);
+    product.bias = checked<uint16_t>("bias", bias, layout.rows, true);
+    if (uintptr_t(product.x) % item_size(product.type) != 0 || uintptr_t(product.y) % item_size(product.type) != 0 ||
+        uintptr_t(product.bias) % item_size(product.bias_type) != 0) {
+        throw std::invalid_argument("x, y or bias is not aligned to its elements");
+    }
+    for (const Kernel* kernel : available_kernels()) {
+        if (name != kernel->name) continue;
+        nb::gil_scoped_release released;
+        return linear(*kernel, product, threads);
+    }
+    throw std::invalid_argument("this processor has no kernel " + name);
+}
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+    nb::set_leak_warnings(false);  // layouts are cached in Python until the process ends
+    nb::class_<Layout>(module, "Layout")
+        .def("__init__",
+             [](Layout* self, int64_t rows, const std::vector<GroupTuple>& groups) {
+                 new (self) Layout(layout_of(rows, groups));
+             })
+        .def_ro("tiles", &Layout::tiles)
+        .def_ro("tile_bytes", &Layout::tile_bytes);
+    module.def("kernels", [] {
+        std::vector<std::string> names;
+        for (const Kernel* kernel : available_kernels()) names.emplace_back(kernel->name);
+        return names;
+    });
+    module.def("linear", &call);
+    module.def("read_memory", [](const Array& array, int threads) {
+        const auto* words = checked<const uint64_t>("array", array, std::max<int64_t>(std::get<1>(array), 0));
+        if (threads < 1) throw std::invalid_argument("expected at least one thread");
+        nb::gil_scoped_release released;
+        return read_memory(words, std::get<1>(array), threads);
+    });
+}

@@ -1,0 +1,52 @@
+// The specification: every product as a plain loop over columns and rows, on any processor.
+
+#include "shared.h"
+
+namespace ptq161 {
+namespace {
+
+inline int digit(const Group& group, const uint8_t* codes, int64_t column, int row) {
+    const int64_t unit = column / group.columns_per_unit();
+    const int place = int(column % group.columns_per_unit());
+    const uint8_t byte = codes[unit * kUnitBytes + row * 4 + place % 4];
+    return (byte >> (group.bits * (place / 4))) & ((1 << group.bits) - 1);
+}
+
+void dot_int8(const Group& group, const uint8_t* codes, const int8_t* q, int64_t q_stride, const float* scale,
+              int64_t scale_stride, int tokens, Rows* dot) {
+    for (int t = 0; t < tokens; ++t) {
+        for (int row = 0; row < kTileRows; ++row) {
+            float sum = 0;
+            for (int64_t block = 0; block < group.blocks; ++block) {
+                const int64_t end = std::min((block + 1) * kBlock, group.cols);
+                int32_t products = 0;
+                for (int64_t column = block * kBlock; column < end; ++column) {
+                    products += digit(group, codes, column, row) * q[t * q_stride + column];
+                }
+                sum += scale[t * scale_stride + block] * float(products);
+            }
+            dot[t][row] = sum;
+        }
+    }
+}
+
+void dot_exact(const Group& group, const uint8_t* codes, const float* u, int64_t stride, int tokens, Rows* dot) {
+    for (int t = 0; t < tokens; ++t) {
+        for (int row = 0; row < kTileRows; ++row) {
+            double sum = 0;
+            for (int64_t column = 0; column < group.cols; ++column) {
+                sum += double(digit(group, codes, column, row)) * double(u[t * stride + column]);
+            }
+            dot[t][row] = float(sum);
+        }
+    }
+}
+
+bool always() { return true; }
+
+}  // namespace
+
+extern const Kernel kScalar;
+const Kernel kScalar = {"scalar", always, gather, multiply<dot_int8, dot_exact>};
+
+}  // namespace ptq161

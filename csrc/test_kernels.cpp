@@ -1,0 +1,132 @@
+// Every kernel that runs here against double arithmetic on random weights, with tight buffers: what the sanitizers and
+// qemu run (make sanitize). The Python tests compare with the reference through the op; this one needs no Python.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <stdexcept>
+
+#include "kernels.h"
+
+using namespace ptq161;
+
+namespace {
+
+uint16_t half_of(int exponent, int mantissa) { return uint16_t((exponent + 15) << 10 | mantissa); }
+double value_of(uint16_t half) { return std::ldexp(1024 + (half & 1023), (half >> 10) - 25); }
+
+// A random linear in tiles, and its dense weight in double, columns in the order of the groups.
+struct Example {
+    Layout layout;
+    std::vector<uint8_t> tiles;
+    std::vector<uint16_t> col;
+    std::vector<double> dense;
+};
+
+Example make_example(int64_t rows, const std::vector<Group>& groups, std::mt19937& random) {
+    Example made{make_layout(rows, groups), {}, {}, {}};
+    const Layout& layout = made.layout;
+    made.tiles.resize(size_t(layout.tiles * layout.tile_bytes));
+    made.dense.resize(size_t(rows * layout.cols));
+    for (int64_t c = 0; c < layout.cols; ++c) made.col.push_back(half_of(-int(random() % 2), int(random() % 1024)));
+    for (int64_t row = 0; row < rows; ++row) {
+        uint8_t* tile = &made.tiles[size_t(row / kTileRows * layout.tile_bytes)];
+        const int64_t place = row % kTileRows;
+        int64_t start = 0;
+        for (const Group& g : layout.groups) {
+            const uint16_t scale = half_of(-4, int(random() % 1024)), mean = half_of(-9, int(random() % 1024));
+            const int8_t zero = int8_t(random() % 9);
+            std::memcpy(tile + g.scale + 2 * place, &scale, 2);
+            if (g.has_mean) std::memcpy(tile + g.mean + 2 * place, &mean, 2);
+            if (g.has_zero) std::memcpy(tile + g.zero + place, &zero, 1);
+            for (int64_t c = 0; c < g.cols; ++c) {
+                const unsigned digit = random() & ((1u << g.bits) - 1);
+                const int64_t unit = c / g.columns_per_unit(), k = c % g.columns_per_unit() / 4;
+                tile[g.codes + unit * kUnitBytes + 4 * place + c % 4] |= uint8_t(digit << (g.bits * k));
+                double value = (g.lowest + g.step * digit - (g.has_zero ? zero : 0)) * value_of(scale);
+                value += g.has_mean ? value_of(mean) : 0;
+                made.dense[size_t(row * layout.cols + start + c)] = value * value_of(made.col[size_t(start + c)]);
+            }
+            start += g.cols;
+        }
+    }
+    return made;
+}
+
+// Of y, relative to what its terms would sum up to if their signs were random: a sum may cancel.
+double relative_error(const Kernel& kernel, const Example& example, int64_t tokens, bool exact, int threads,
+                      std::mt19937& random) {
+    const Layout& layout = example.layout;
+    std::normal_distribution<float> normal;
+    std::vector<float> x(size_t(tokens * layout.cols)), y(size_t(tokens * layout.rows)), bias(size_t(layout.rows));
+    for (float& value : x) value = normal(random);
+    for (float& value : bias) value = normal(random);
+    std::vector<int32_t> order(size_t(layout.cols));
+    for (size_t c = 0; c < order.size(); ++c) order[c] = int32_t(order.size() - 1 - c);
+    const Product product{&layout, example.tiles.data(), order.data(), example.col.data(), x.data(), y.data(),
+                          Type::kFloat32, bias.data(), Type::kFloat32, tokens, exact};
+    linear(kernel, product, threads);
+    double wrong = 0, whole = 1e-30;
+    for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t row = 0; row < layout.rows; ++row) {
+            double sum = double(bias[size_t(row)]), squares = sum * sum;
+            for (int64_t c = 0; c < layout.cols; ++c) {
+                const float factor = x[size_t(t * layout.cols + order[size_t(c)])];
+                const double term = example.dense[size_t(row * layout.cols + c)] * double(factor);
+                sum += term, squares += term * term;
+            }
+            wrong += std::pow(double(y[size_t(t * layout.rows + row)]) - sum, 2);
+            whole += squares;
+        }
+    }
+    return std::sqrt(wrong / whole);
+}
+
+Group group_of(int bits, int64_t cols, float lowest, float step, bool has_zero, bool has_mean) {
+    Group group{};
+    group.bits = bits, group.cols = cols, group.lowest = lowest, group.step = step;
+    group.has_zero = has_zero, group.has_mean = has_mean;
+    return group;
+}
+
+}  // namespace
+
+int main() {
+    std::mt19937 random(0);
+    int passed = 0, failed = 0;
+    const auto check = [&](bool good, const char* what) {
+        good ? ++passed : ++failed;
+        if (!good) std::printf("FAILED %s\n", what);
+    };
+    for (const Kernel* kernel : available_kernels()) {
+        std::printf("%s\n", kernel->name);
+        for (const int64_t rows : {1, 31, 33, 96}) {
+            for (const int64_t cols : {1, 7, 33, 128, 129, 300}) {
+                std::vector<Group> groups = {group_of(1, cols, -1, 2, false, true), group_of(2, 301 - cols, -1, 1, false, false),
+                                             group_of(4, (cols + 2) / 3, -15, 2, true, false)};
+                const Example example = make_example(rows, groups, random);
+                for (const int64_t tokens : {0, 1, 2, 3, 6, 7, 12, 13, 30}) {
+                    for (const bool exact : {false, true}) {
+                        const double error = relative_error(*kernel, example, tokens, exact, 1 + int(rows % 3), random);
+                        char what[160];
+                        std::snprintf(what, sizeof what, "%s: %d x %d, %d tokens, exact %d: error %g", kernel->name,
+                                      int(rows), int(cols), int(tokens), int(exact), error);
+                        // Few outputs are a small sample of rounding errors.
+                        const double slack = 1 + 2 / std::sqrt(double(rows * std::max<int64_t>(tokens, 1)));
+                        check(error <= (exact ? 1e-5 : 2e-2 * slack), what);
+                    }
+                }
+            }
+        }
+    }
+    try {
+        make_layout(5, {group_of(3, 8, 0, 1, false, false)});
+        check(false, "a layout with 3 bits is refused");
+    } catch (const std::invalid_argument&) {
+        check(true, "");
+    }
+    std::printf("%d passed, %d failed\n", passed, failed);
+    return failed != 0;
+}
