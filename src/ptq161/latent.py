@@ -18,8 +18,6 @@ from torch import Tensor
 
 from ptq161.binarize import CodeWidth, ColumnGroup, QuantizedWeight, nearest_level, stored
 
-WITHIN_CELL = 0.999  # of half a cell: how far from its level a latent is put that must round to it
-
 SMALLEST_SCALE = 2.0**-24  # of float16: a scale that learning drives to zero or below stops there
 
 
@@ -40,16 +38,14 @@ class LatentWeight:
 
     @classmethod
     def of(cls, weight: Float[Tensor, "rows cols"], start: QuantizedWeight) -> "LatentWeight":
-        """Latents with the groups, scales and codes of `start`, at the original weight or as near as codes let."""
+        """Latents at the original weight, with the column groups and scales of `start`."""
         columns = torch.cat([group.columns for group in start.groups])
-        original = weight.detach().float()
-        latent = torch.cat([_at_codes(original[:, group.columns], group) for group in start.groups], dim=1)
         base = torch.cat([group.scale for group in start.groups], dim=1)
         return cls(
             columns=columns,
             widths=tuple(group.width for group in start.groups),
             sizes=tuple(len(group.columns) for group in start.groups),
-            latent=latent.requires_grad_(),
+            latent=weight.detach().float()[:, columns].requires_grad_(),
             base=base,
             gain=torch.ones_like(base).requires_grad_(),
         )
@@ -126,14 +122,6 @@ class _Rounded(torch.autograd.Function):
             to_latent.append(through)
             to_scale.append(torch.linalg.vecdot(part_grad, levels) - torch.linalg.vecdot(through, ratio))
         return torch.cat(to_latent, dim=1), torch.stack(to_scale, dim=1), None, None
-
-
-def _at_codes(part: Float[Tensor, "rows gcols"], group: ColumnGroup) -> Float[Tensor, "rows gcols"]:
-    """The values that round to the group's codes; the others moved just into the cell of their code."""
-    ratio, levels = part / group.scale, group.codes.float()
-    reach = group.width.step / 2 * WITHIN_CELL
-    moved = ratio.clamp(levels - reach, levels + reach) * group.scale
-    return torch.where(nearest_level(ratio, group.width) == levels, part, moved)
 
 
 def _stored_scales(scale: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ptq161.binarize import QuantizedWeight, reconstruct
 from ptq161.blocks import BlockTask, InputStats, second_moments
-from ptq161.compensation import compensated_weight, damped, damping_for
+from ptq161.compensation import compensated_weight, damped, drift_correction
 from ptq161.config import QuantConfig
 from ptq161.errors import NonFiniteError
 from ptq161.fit import OnStep, fit_latents, measure, weight_arguments
@@ -25,12 +25,15 @@ BACK_OFF = 4.0
 def mixed(task: BlockTask, config: QuantConfig, on_step: OnStep) -> BlockResult:
     """Quantize one block; never worse than its start by the objective on the calibration samples.
 
+    Without epochs to learn in, codes are compensated instead, which learning would undo (docs/decisions/0005).
     Randomness depends on (config.seed, task.index) only, so blocks can resume.
     """
-    start = _start(task) if config.epochs else _compensated_start(task)
+    if config.epochs == 0:
+        return _compensated(task, config)
+    start = _start(task)
     loss_first, outputs = measure(task, start, config)
     learn = config
-    for _ in range(ATTEMPTS if config.epochs else 0):
+    for _ in range(ATTEMPTS):
         latents = {name: LatentWeight.of(linear.weight, start[name]) for name, linear in task.linears.items()}
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + task.index)
         try:
@@ -57,34 +60,23 @@ def _start(task: BlockTask) -> dict[str, QuantizedWeight]:
     return start
 
 
-def _compensated_start(task: BlockTask) -> dict[str, QuantizedWeight]:
-    """The same with compensated codes, each shared input as it is once the linears before it are quantized.
-
-    Nothing is learned from here: learning would undo it (docs/decisions/0005).
-    """
-    start: dict[str, QuantizedWeight] = {}
+def _compensated(task: BlockTask, config: QuantConfig) -> BlockResult:
+    """Linear after linear, each on what those before it leave of its input once they are quantized."""
+    weights: dict[str, QuantizedWeight] = {}
+    latents: dict[str, LatentWeight] = {}
     for owner, columns in _shared_columns(task).items():
-        names = [name for name in task.linears if task.columns_from.get(name, name) == owner]
-        dense = weight_arguments({name: reconstruct(weight) for name, weight in start.items()})
-        moments = second_moments(task, owner, dense)
-        moments = damped(moments, damping_for(len(moments), task.stats[owner].tokens))
-        # Rows do not depend on each other: the linears that share the input are rounded as one.
-        weights = [task.linears[name].weight.detach() for name in names]
-        rounded = compensated_weight(torch.cat(weights), columns, task.widths[owner], moments)
-        start |= zip(names, _split_rows(rounded, [len(weight) for weight in weights]), strict=True)
-    return {name: start[name] for name in task.linears}
-
-
-def _split_rows(weight: QuantizedWeight, sizes: list[int]) -> list[QuantizedWeight]:
-    """The linears whose rows lie below one another in `weight`."""
-    split = [
-        [
-            replace(group, codes=codes, scale=scale)
-            for codes, scale in zip(group.codes.split(sizes), group.scale.split(sizes), strict=True)
-        ]
-        for group in weight.groups
-    ]
-    return [QuantizedWeight(groups) for groups in zip(*split, strict=True)]
+        dense = weight_arguments({name: reconstruct(weight) for name, weight in weights.items()})
+        moments, cross = second_moments(task, owner, dense)
+        tokens = task.stats[owner].tokens
+        correction = drift_correction(moments, cross, tokens)
+        for name in (name for name in task.linears if task.columns_from.get(name, name) == owner):
+            weight = task.linears[name].weight.detach()
+            target = weight + weight @ correction
+            latents[name] = compensated_weight(target, columns, task.widths[name], damped(moments, tokens))
+            weights[name] = latents[name].quantized()
+    weights = {name: weights[name] for name in task.linears}
+    loss, outputs = measure(task, weights, config)
+    return BlockResult(weights, loss, loss, outputs, {name: latents[name] for name in task.linears})
 
 
 def _shared_columns(task: BlockTask) -> dict[str, list[Tensor]]:
