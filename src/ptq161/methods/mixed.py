@@ -23,17 +23,21 @@ BACK_OFF = 4.0
 
 
 def mixed(task: BlockTask, config: QuantConfig, on_step: OnStep) -> BlockResult:
-    """Quantize one block; never worse than its start by the objective on the calibration samples.
+    """Quantize one block; never worse than its start, plain rounding, by the objective on the calibration samples.
 
-    Without epochs to learn in, codes are compensated instead, which learning would undo (docs/decisions/0005).
-    Randomness depends on (config.seed, task.index) only, so blocks can resume.
+    Without epochs to learn in, codes are compensated instead; learning starts from plain rounding
+    (docs/decisions/0005). Randomness depends on (config.seed, task.index) only, so blocks can resume.
     """
-    if config.epochs == 0:
-        return _compensated(task, config)
     start = _start(task)
     loss_first, outputs = measure(task, start, config)
+    if config.epochs == 0:
+        latents = _compensated(task)
+        weights = {name: weight.quantized() for name, weight in latents.items()}
+        loss_last, compensated_outputs = measure(task, weights, config)
+        if loss_last < loss_first:
+            return BlockResult(weights, loss_first, loss_last, compensated_outputs, latents)
     learn = config
-    for _ in range(ATTEMPTS):
+    for _ in range(ATTEMPTS if config.epochs else 0):
         latents = {name: LatentWeight.of(linear.weight, start[name]) for name, linear in task.linears.items()}
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + task.index)
         try:
@@ -60,23 +64,18 @@ def _start(task: BlockTask) -> dict[str, QuantizedWeight]:
     return start
 
 
-def _compensated(task: BlockTask, config: QuantConfig) -> BlockResult:
-    """Linear after linear, each on what those before it leave of its input once they are quantized."""
-    weights: dict[str, QuantizedWeight] = {}
+def _compensated(task: BlockTask) -> dict[str, LatentWeight]:
+    """Compensated codes, input after input, each as the linears before it leave it once they are quantized."""
     latents: dict[str, LatentWeight] = {}
     for owner, columns in _shared_columns(task).items():
-        dense = weight_arguments({name: reconstruct(weight) for name, weight in weights.items()})
+        dense = weight_arguments({name: reconstruct(weight.quantized()) for name, weight in latents.items()})
         moments, cross = second_moments(task, owner, dense)
         tokens = task.stats[owner].tokens
-        correction = drift_correction(moments, cross, tokens)
+        correction, moments = drift_correction(moments, cross, tokens), damped(moments, tokens)
         for name in (name for name in task.linears if task.columns_from.get(name, name) == owner):
             weight = task.linears[name].weight.detach()
-            target = weight + weight @ correction
-            latents[name] = compensated_weight(target, columns, task.widths[name], damped(moments, tokens))
-            weights[name] = latents[name].quantized()
-    weights = {name: weights[name] for name in task.linears}
-    loss, outputs = measure(task, weights, config)
-    return BlockResult(weights, loss, loss, outputs, {name: latents[name] for name in task.linears})
+            latents[name] = compensated_weight(weight + weight @ correction, columns, task.widths[name], moments)
+    return {name: latents[name] for name in task.linears}
 
 
 def _shared_columns(task: BlockTask) -> dict[str, list[Tensor]]:
