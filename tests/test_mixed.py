@@ -77,7 +77,9 @@ def test_scale_of_a_row_with_one_huge_weight_is_as_good_as_brute_force(width, co
     part[:, 0] = outlier
     found = weighted_error(part, best_scale(part, width, torch.ones(cols)), width, torch.ones(cols))
     shares = torch.logspace(-4, 0.2, 1500)[:, None]
-    best = torch.stack([weighted_error(r.expand(1500, -1), shares * outlier, width, torch.ones(cols)).min() for r in part])
+    best = torch.stack(
+        [weighted_error(r.expand(1500, -1), shares * outlier, width, torch.ones(cols)).min() for r in part]
+    )
     assert (found <= 1.05 * best).all(), (found / best).max()
 
 

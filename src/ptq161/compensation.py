@@ -1,9 +1,9 @@
 """Error-compensated codes: what rounding one channel does to the output, the channels not yet rounded take back.
 
-With D = W - rounded W and H = sum over tokens of y y^T, y what reaches the linear, the output error of a row is D H D^T.
-Plain rounding looks at H's diagonal alone. Here channels are rounded one after another, and after each the others move
-to where they make up for its error best (GPTQ, arXiv 2210.17323). With U upper triangular, U^T U = H^-1, channels in
-order of rounding:
+With D = W - rounded W and H = sum over tokens of y y^T, where y reaches the linear, the output error of a row is
+D H D^T. Plain rounding looks at H's diagonal alone. Here channels are rounded one after another, and after each the
+others move to where they make up for its error best (GPTQ, arXiv 2210.17323). With U upper triangular, U^T U = H^-1,
+channels in order of rounding:
 
     W_j  <-  W_j - (W_k - rounded W_k) U_kj / U_kk        for j > k
 
@@ -28,8 +28,8 @@ _CHANNELS_AT_ONCE = 128  # rounded before their errors go to all later channels 
 def damped(moments: Float[Tensor, "cols cols"], tokens: int) -> Float[Tensor, "cols cols"]:
     """A copy of H, summed over `tokens` tokens, that does not trust products of two channels more than it should.
 
-    The diagonal is raised by the share cols / tokens: the fewer the tokens, the nearer to plain rounding. It is positive
-    even for channels that are always 0.
+    The diagonal is raised by the share cols / tokens: the fewer the tokens, the nearer to plain rounding. It is
+    positive even for channels that are always 0.
     """
     raised = moments.float().clone()
     energy = raised.diagonal()
