@@ -63,6 +63,7 @@ def block_task(family="llama", samples=4, seq=12):
         block=blocks[0],
         linears=linears,
         columns_from=traced.columns_from[0],
+        full_in=hidden,
         quantized_in=drifted,
         full_out=full_out,
         local_out=advance(blocks[0], traced.calls[0], drifted, CPU),

@@ -22,12 +22,13 @@ ALLOWED = {
     "budget": "layout packing binarize config",
     "latent": "binarize",
     "mixed": "latent binarize",
+    "compensation": "mixed latent binarize",
     "allocation": "budget layout packing binarize config",
     "sensitivity": "mixed binarize budget",
     "blocks": "",
     "discovery": "blocks budget",
     "fit": "latent blocks binarize config machine",
-    "methods": "fit mixed latent blocks binarize config",  # never linear, never kernels
+    "methods": "fit compensation mixed latent blocks binarize config",  # never linear, never kernels
     "walk": "methods fit latent sensitivity allocation discovery blocks budget layout packing binarize config",
     "student": "fit latent config",
     "distill": "student fit config",

@@ -68,6 +68,21 @@ def test_scale_is_as_good_as_brute_force(shape, width, weighted, seed):
     assert (found <= slack * best).all(), (found / best).max()
 
 
+@pytest.mark.parametrize("width", [TERNARY, FOUR_BIT])
+@pytest.mark.parametrize("cols", [40, 400])
+@pytest.mark.parametrize("outlier", [10.0, 30.0, 100.0])
+def test_scale_of_a_row_with_one_huge_weight_is_as_good_as_brute_force(width, cols, outlier):
+    """Its mean square is mostly the outlier's, and says little about where the other weights lie."""
+    part = rows_of("normal", 6, cols, 0)
+    part[:, 0] = outlier
+    found = weighted_error(part, best_scale(part, width, torch.ones(cols)), width, torch.ones(cols))
+    shares = torch.logspace(-4, 0.2, 1500)[:, None]
+    best = torch.stack(
+        [weighted_error(r.expand(1500, -1), shares * outlier, width, torch.ones(cols)).min() for r in part]
+    )
+    assert (found <= 1.05 * best).all(), (found / best).max()
+
+
 def test_scale_of_signs_is_the_weighted_mean_magnitude():
     part, squares = torch.tensor([[1.0, -3.0, 8.0]]), torch.tensor([1.0, 1.0, 2.0])
     assert best_scale(part, ONE_BIT, squares).item() == pytest.approx((1 + 3 + 16) / 4, rel=1e-5)

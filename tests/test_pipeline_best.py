@@ -162,6 +162,15 @@ def test_distillation_brings_the_predictions_nearer(finished, run, llama_folder,
     assert divergence(finished[1]) < 0.98 * divergence(tmp_path / "blocks")
 
 
+def test_compensated_codes_can_be_tuned(run, tmp_path):
+    """Without epochs the blocks hand on latents that round to their codes: tuning starts where they ended."""
+    blocks = run(tmp_path / "blocks", epochs=0, distill="off")["blocks"]
+    assert all(block["loss_last"] < block["loss_first"] for block in blocks)
+    result = run(tmp_path / "tuned", epochs=0)
+    assert [block["loss_last"] for block in result["blocks"]] == [block["loss_last"] for block in blocks]
+    assert result["distillation"]["held_out_last"] < result["distillation"]["held_out_first"]
+
+
 def test_fast_is_best_without_the_last_step(run, tmp_path):
     fast = run(tmp_path / "fast", preset="fast")
     off = run(tmp_path / "off", distill="off")

@@ -389,6 +389,16 @@ def test_page_of_a_mixed_model_that_was_not_tuned(mixed_results: ModelResults) -
     assert "as a whole" not in text and "Codes and sizes are learned together" in text
 
 
+@pytest.mark.parametrize("preset", ["paper", "fast"])
+def test_page_of_a_model_of_which_nothing_was_learned(mixed_results: ModelResults, preset: str) -> None:
+    config = {**asdict(PRESETS[preset].quant), "epochs": 0}
+    quantize = {**mixed_results.quantize, "distillation": None}
+    text = Outline(model_page(replace(mixed_results, quantize=quantize, run={"config": config}))).text
+    assert "Nothing was learned: " in text
+    for absent in ("learned together", "what is learned", "learned, so", "after learning"):
+        assert absent not in text, absent
+
+
 def test_page_names_blocks_that_did_not_get_better(results: ModelResults) -> None:
     quantize = copy.deepcopy(dict(results.quantize))
     quantize["blocks"][1]["loss_last"] = 2.0

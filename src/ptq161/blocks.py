@@ -72,6 +72,7 @@ class BlockTask:
 
     linears: name inside the block -> module, in order of definition.
     columns_from: linear -> earlier linear that sees the same input, where there is one.
+    full_in: the full-precision stream into the block (X of Eq. 7).
     quantized_in: the quantized stream into the block (X_q of Eq. 7).
     full_out: the original block on the full-precision stream, F(X, W).
     local_out: the original block on the quantized stream, F(X_q, W).
@@ -83,6 +84,7 @@ class BlockTask:
     block: nn.Module
     linears: dict[str, nn.Linear]
     columns_from: dict[str, str]
+    full_in: Float[Tensor, "samples seq hidden"]
     quantized_in: Float[Tensor, "samples seq hidden"]
     full_out: Float[Tensor, "samples seq hidden"]
     local_out: Float[Tensor, "samples seq hidden"]
@@ -135,6 +137,53 @@ def watch_inputs(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, InputSt
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def second_moments(
+    task: BlockTask, name: str, weights: Mapping[str, Tensor]
+) -> tuple[Float[Tensor, "cols cols"], Float[Tensor, "cols cols"]]:
+    """(sum of y y^T, sum of x y^T) over all tokens, float32: x and y are what reaches a linear on the two streams.
+
+    x: on the full-precision stream through the original block; y: on the quantized stream, with `weights` (parameter
+    name -> tensor) in place of the block's own. Where not every token reaches the linear (an expert), tokens do not
+    correspond, and x is taken to be y. Raises NonFiniteError naming block and linear.
+    """
+    linear = task.linears[name]
+    device = linear.weight.device
+    moments, cross = torch.zeros(2, linear.in_features, linear.in_features, device=device)
+    for index, hidden in enumerate(task.full_in):
+        full = _reaching(linear, task, hidden[None].to(device), None)
+        quantized = _reaching(linear, task, task.sample(index)[0], weights)
+        moments.addmm_(quantized.T, quantized)
+        paired = len(full) == len(quantized) == len(hidden)
+        cross.addmm_((full if paired else quantized).T, quantized)
+    if not (moments.isfinite().all() and cross.isfinite().all()):
+        raise NonFiniteError(f"the input of {name} in block {task.index} is not finite on the quantized stream.")
+    return moments, cross
+
+
+class _ReachedError(Exception):
+    """Ends the run of a block where the input of a linear is known. args[0]: the input."""
+
+
+def _reaching(
+    linear: nn.Linear, task: BlockTask, hidden: Float[Tensor, "1 seq hidden"], weights: Mapping[str, Tensor] | None
+) -> Float[Tensor, "tokens cols"]:
+    """What reaches a linear of the block for one sample, float32; the block is run no further than that."""
+
+    def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise _ReachedError(args[0])
+
+    handle = linear.register_forward_pre_hook(stop)
+    try:
+        task.call(task.block, hidden, weights)
+    except _ReachedError as reached:
+        inputs: Tensor = reached.args[0]
+        return inputs.float().flatten(0, -2)
+    finally:
+        handle.remove()
+    return hidden.new_zeros(0, linear.in_features)
 
 
 @contextmanager

@@ -376,9 +376,11 @@ def _memory_bytes(prepared: Prepared, shape: torch.Size, config: QuantConfig) ->
 def _flops(prepared: Prepared, shape: torch.Size, config: QuantConfig) -> int:
     """Floating-point operations in the linears: two targets, two measurements, and three products per learning step.
 
+    Compensation in place of learning takes about four: parts of the block on both streams, and moments of its inputs.
     Distillation takes one more product per token: the original's predictions.
     """
-    tokens = math.prod(shape) * (4 + 3 * config.epochs)
+    instead = 4 if config.method == "mixed" and config.epochs == 0 else 0
+    tokens = math.prod(shape) * (4 + 3 * config.epochs + instead)
     if config.distill is not Distill.OFF:
         tokens += config.distill_tokens * 4
     return 2 * prepared.layout.quantized_weights * tokens

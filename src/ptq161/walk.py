@@ -228,6 +228,7 @@ def _block_task(prepared: Prepared, index: int, streams: Streams, device: torch.
         block=block,
         linears=linears,
         columns_from=prepared.traced.columns_from[index],
+        full_in=streams.full,
         quantized_in=streams.quantized,
         full_out=full_out,
         local_out=local_out,
