@@ -114,12 +114,12 @@ def test_chat_streams(client, packed):
 def test_two_clients_at_once(client, packed):
     """Each gets its own answer, sampled from its own seed, whatever the other asks for meanwhile."""
     requests = {
-        (name, seed): {"messages": messages, "temperature": temperature, "max_tokens": 24, "seed": seed}
+        (name, seed): {"messages": messages, "temperature": temperature, "max_tokens": 16, "seed": seed}
         for name, messages in (("why", WHY), ("river", RIVER))
-        for seed, temperature in ((1, 0.0), (2, 1.0), (3, 0.7))
+        for seed, temperature in ((1, 0.0), (2, 1.0))
     }
     wanted = {
-        key: expected(packed, r["messages"], max_new_tokens=24, temperature=r["temperature"], seed=r["seed"])["text"]
+        key: expected(packed, r["messages"], max_new_tokens=16, temperature=r["temperature"], seed=r["seed"])["text"]
         for key, r in requests.items()
     }
     assert len(set(wanted.values())) == len(wanted)
@@ -220,7 +220,7 @@ def test_bodies_and_paths_that_make_no_sense(client):
 
 def test_without_a_chat_template_there_are_only_completions(packed, tokenizer):
     with serving(packed[0], tokenizer) as (client, _):
-        with pytest.raises(openai.BadRequestError, match="has no chat template.*; use /v1/completions"):
+        with pytest.raises(openai.BadRequestError, match=r"has no chat template.*; use /v1/completions"):
             chat(client, WHY)
         assert client.completions.create(model="tiny-chat", prompt="The", max_tokens=3).usage.completion_tokens <= 3
 
@@ -248,7 +248,7 @@ def test_shutting_down_ends_the_answer_and_says_so(endless, stream):
 
         def ask():
             try:
-                for _ in chat(client, WHY, max_tokens=1_000_000, stream=stream):
+                for _ in chat(client, WHY, max_tokens=1_000_000, temperature=1.0, stream=stream):
                     pass
             except openai.APIError as error:
                 ended.append(str(error))
@@ -256,7 +256,7 @@ def test_shutting_down_ends_the_answer_and_says_so(endless, stream):
         thread = threading.Thread(target=ask)
         thread.start()
         limit = time.monotonic() + 60
-        while not server.server_state.total_requests and time.monotonic() < limit:
+        while not server.server_state.tasks and time.monotonic() < limit:
             time.sleep(0.05)
         time.sleep(0.3)  # until it writes
         server.handle_exit(signal.SIGINT, None)
@@ -272,7 +272,7 @@ def test_addresses_that_cannot_be_listened_on():
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=rf"cannot listen on 127.0.0.1 port {port}: Address already in use"):
             listen("127.0.0.1", port)
-    with pytest.raises(InputError, match="cannot listen on 192.0.2.1 port 0: "):
+    with pytest.raises(InputError, match=r"cannot listen on 192\.0\.2\.1 port 0: "):
         listen("192.0.2.1", 0)
     with pytest.raises(InputError, match="cannot listen on no such host port 0: "):
         listen("no such host", 0)
@@ -284,6 +284,7 @@ def test_urls_and_names(tmp_path):
             assert url_of(listener) == f"http://[::1]:{listener.getsockname()[1]}/v1"
     (tmp_path / "model.Q4.gguf").touch()
     assert name_of(str(tmp_path / "model.Q4.gguf")) == "model.Q4"
+    (tmp_path / "sub").mkdir()
     assert name_of(f"{tmp_path}/sub/..") == tmp_path.name
     assert name_of("HuggingFaceTB/SmolLM2-135M") == "HuggingFaceTB/SmolLM2-135M"
 

@@ -96,11 +96,11 @@ class _Writer:
         except Exception as error:
             if "streamer" not in inputs or not str(error):  # none: the client hung up
                 raise
-            # The handlers put the message between quotes without escaping it.
+            # The handlers put the message between quotes without escaping it (serve.py finds it there).
             message = " ".join(str(error).split()).replace("\\", "/").replace('"', "'")
             raise RuntimeError(message) from error
 
-    def _after_token(self, tokens: Tensor, scores: Tensor, **_: Any) -> Tensor:
+    def _after_token(self, tokens: Tensor, scores: object, **_: Any) -> Tensor:
         self._stop_if_told()
         return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 

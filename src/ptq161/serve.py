@@ -1,7 +1,9 @@
 """An OpenAI-compatible server for one model: its routes, errors and life, from the socket to Ctrl-C."""
 
+import json
 import socket
-from contextlib import suppress
+from collections.abc import AsyncIterable, AsyncIterator
+from contextlib import aclosing, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -10,7 +12,7 @@ from uuid import uuid4
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException as AnyHTTPException
 from transformers.cli.serving.utils import GenerationState
@@ -18,6 +20,7 @@ from transformers.cli.serving.utils import GenerationState
 from ptq161.errors import InputError
 from ptq161.handlers import ChatCompletions, Completions, Responses, Served, Stopping
 
+ERROR_MARK, ERROR_END = 'data: {"error": "', '"}\n\n'  # around the message of an error in a stream of transformers
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
@@ -38,7 +41,10 @@ def application(served: Served) -> FastAPI:
 
     def post(path: str, handler: ChatCompletions | Completions | Responses) -> None:
         async def answer(body: dict[str, Any]) -> Response:
-            return await handler.handle_request(body, uuid4().hex)
+            response: Response = await handler.handle_request(body, uuid4().hex)
+            if isinstance(response, StreamingResponse):
+                response.body_iterator = _with_error_objects(response.body_iterator)
+            return response
 
         app.add_api_route(path, answer, methods=["POST"])
 
@@ -64,10 +70,25 @@ def application(served: Served) -> FastAPI:
     return app
 
 
+def _error(status: int, message: str) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+async def _with_error_objects(events: AsyncIterable[Any]) -> AsyncIterator[Any]:
+    """The events of a stream; an error in it, which transformers gives as a string, becomes an object."""
+    async with aclosing(aiter(events)) as open_events:  # type: ignore[type-var]
+        async for event in open_events:
+            before, mark, message = event.rpartition(ERROR_MARK)
+            if mark:
+                event = f"{before}data: {json.dumps(_error(500, message.removesuffix(ERROR_END)))}\n\n"
+            yield event
+
+
 def _add_errors(app: FastAPI) -> None:
     def reply(status: int, message: str) -> JSONResponse:
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
+        return JSONResponse(_error(status, message), status)
 
     @app.exception_handler(AnyHTTPException)
     async def refused(_: Request, error: AnyHTTPException) -> JSONResponse:
