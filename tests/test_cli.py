@@ -169,6 +169,8 @@ def test_both_bits_and_ratio_on_one_layer():
         (["eval", "M"], "required: --ppl"),
         (["eval", "M", "--ppl", "t.txt", "--out", "no/such/folder/r.jsonl"], "its folder does not exist"),
         (["generate", "M"], "required: --prompt"),
+        (["serve", "M", "--port", "80000"], "argument --port: '80000': expected a port number, 0 to 65535"),
+        (["serve", "M", "--port", "http"], "argument --port: 'http': expected a port number, 0 to 65535"),
         (["generate", "M", "--prompt", "x", "--mode", "dens"], "unknown --mode 'dens' (did you mean 'dense'?)"),
     ],
 )
@@ -204,6 +206,8 @@ def test_argument_module_knows_every_command():
             "inspect": [],
             "verify": [],
             "generate": ["--prompt", "x"],
+            "chat": [],
+            "serve": [],
             "bench": [],
         }.items()
     }
@@ -480,9 +484,11 @@ def tampered(packed, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("command", ["eval", "generate"])
+@pytest.mark.parametrize("command", ["eval", "generate", "chat", "serve"])
 def test_tampered_checkpoint_does_not_load(refused, tampered, evaluation_file, command):
-    more = {"eval": ["--ppl", evaluation_file], "generate": ["--prompt", "The"]}[command]
+    more = {"eval": ["--ppl", evaluation_file], "generate": ["--prompt", "The"], "serve": ["--port", "0"]}.get(
+        command, []
+    )
     line = refused(command, tampered, *more, "--device", "cpu")
     assert "model.safetensors" in line and "tensor model.layers" in line
 

@@ -50,6 +50,9 @@ ALLOWED = {
     # commands
     "evaluate": "data hf linear kernels packing binarize machine",
     "generation": "data",
+    "chat": "generation",
+    "handlers": "chat generation data",
+    "serve": "handlers",
     "inspection": "sources hf saving contents folder discovery blocks allocation layout packing config",
     "pipeline": (
         "walk distill student methods blocks checkpoint hf folder inspection sources data layout config machine"

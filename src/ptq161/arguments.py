@@ -69,15 +69,12 @@ def _parser() -> _Parser:
     generate = command("generate", "continue a prompt, and say how fast")
     generate.add_argument("path", metavar="PATH", help="packed folder, HF folder, .gguf or hub name")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
-    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    generate.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token"
-    )
-    generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    generate.add_argument("--seed", type=int, default=0, metavar="S")
-    _mode_argument(generate)
-    _activations_argument(generate, "int8")
-    _device_arguments(generate)
+    _writing_arguments(generate, max_new_tokens=128)
+    chat = command("chat", "talk with a model")
+    chat.add_argument("path", metavar="PATH", help="packed folder, HF folder, .gguf or hub name")
+    chat.add_argument("--system", metavar="TEXT", help="system message: what the model should be like")
+    _writing_arguments(chat, max_new_tokens=1024)
+    _serve_arguments(command("serve", "answer OpenAI clients over HTTP, one answer at a time"))
     _bench_arguments(command("bench", "speed of a packed model or of one shape against dense weights, on the CPU"))
     return parser
 
@@ -121,6 +118,26 @@ def _eval_arguments(parser: _Parser) -> None:
     _device_arguments(parser)
 
 
+def _writing_arguments(parser: _Parser, max_new_tokens: int) -> None:
+    add = parser.add_argument
+    add("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"at most (default {max_new_tokens})")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
+    add(
+        "--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that make up this share"
+    )
+    add("--seed", type=int, default=0, metavar="S", help="of sampling")
+    _model_arguments(parser)
+
+
+def _serve_arguments(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("path", metavar="PATH", help="packed folder, HF folder, .gguf or hub name")
+    add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1; there is no password)")
+    add("--port", type=_port, default=8000, metavar="N", help="port to listen on (default 8000; 0: any that is free)")
+    add("--name", metavar="NAME", help="what clients call the model (default: the last part of PATH)")
+    _model_arguments(parser)
+
+
 def _bench_arguments(parser: _Parser) -> None:
     add = parser.add_argument
     add("path", nargs="?", metavar="PATH", help="packed folder")
@@ -145,6 +162,13 @@ def _activations_argument(parser: _Parser, default: str) -> None:
     parser.add_argument("--activations", choices=("int8", "float32"), default=default, help=text)
 
 
+def _model_arguments(parser: _Parser) -> None:
+    """How a model that writes is opened."""
+    _mode_argument(parser)
+    _activations_argument(parser, "int8")
+    _device_arguments(parser)
+
+
 def _device_arguments(parser: _Parser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto (default): the GPU if there is one")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of tensors that are not quantized")
@@ -167,6 +191,12 @@ def _shape(text: str) -> tuple[int, int]:
     if not (rows.isdecimal() and cols.isdecimal() and int(rows) and int(cols)):
         raise argparse.ArgumentTypeError(f"{text!r}: expected ROWSxCOLS, e.g. 2048x8192")
     return int(rows), int(cols)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a port number, 0 to 65535")
+    return int(text)
 
 
 def _block_range(text: str) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import time
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ from ptq161.errors import InputError, Ptq161Error
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ptq161.generation import Sampling
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +83,7 @@ def _eval(args: Namespace) -> int:
     if args.out is not None and not args.out.absolute().parent.is_dir():
         raise InputError(f"--out {args.out}: its folder does not exist; make it, or choose another file")
     began = time.monotonic()
-    from ptq161 import data, machine, sources, terminal
+    from ptq161 import data, machine, terminal
     from ptq161.evaluate.perplexity import perplexity
     from ptq161.hf import is_packed
     from ptq161.inspection import inspect
@@ -87,13 +91,7 @@ def _eval(args: Namespace) -> int:
     with terminal.quiet_libraries(debug=args.debug):
         for source in args.ppl:
             data.parse_source(source)
-        model, tokenizer = sources.open_model(
-            args.path,
-            device=machine.pick_device(args.device),
-            dtype=_dtype(args),
-            mode=args.mode,
-            activations=args.activations,
-        )
+        model, tokenizer = _open(args)
         if args.bos and tokenizer.bos_token_id is None:
             raise InputError(f"--bos: the tokenizer of {args.path} has no BOS token; leave --bos out")
         bos = tokenizer.bos_token_id if args.bos else None
@@ -144,35 +142,48 @@ def _verify(args: Namespace) -> int:
 
 
 def _generate(args: Namespace) -> int:
-    from ptq161 import generation, machine, sources, terminal
+    from ptq161 import generation, terminal
 
-    def on_text(text: str) -> None:
-        print(text, end="", flush=True)
-
+    sampling = _sampling(args)
     with terminal.quiet_libraries(debug=args.debug):
-        model, tokenizer = sources.open_model(
-            args.path,
-            device=machine.pick_device(args.device),
-            dtype=_dtype(args),
-            mode=args.mode,
-            activations=args.activations,
-        )
-        result = generation.stream(
-            model,
-            tokenizer,
-            args.prompt,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seed=args.seed,
-            on_text=(lambda text: None) if args.json else on_text,
-        )
-    if not args.json:
-        print(flush=True)  # ends the last line of the text before anything goes to stderr
-    if not args.json and not args.quiet:
-        speed = "" if result["tok_s"] is None else f", {result['tok_s']:.1f} tokens/s after the first"
-        print(f"{result['tokens']} tokens in {terminal.duration(result['seconds'])}{speed}", file=sys.stderr)
+        model, tokenizer = _open(args)
+        prompt = tokenizer(args.prompt)["input_ids"]
+        result = generation.stream(model, tokenizer, prompt, sampling, on_text=terminal.writer(silent=args.json))
+    del result["ids"]
+    terminal.show_written(result, text=not args.json, figures=not args.json and not args.quiet)
     return _print(args, {"model": args.path, "prompt": args.prompt, **result}, lambda out: None)
+
+
+def _chat(args: Namespace) -> int:
+    from ptq161 import chat, terminal
+
+    sampling = _sampling(args)
+    with terminal.quiet_libraries(debug=args.debug):
+        model, tokenizer = _open(args)
+        conversation = chat.Conversation(model, tokenizer, sampling, args.system)
+        answers = chat.converse(
+            conversation,
+            read=terminal.reader("> ", hint=None if args.quiet else chat.HINT, silent=args.json),
+            on_text=terminal.writer(silent=args.json),
+            on_answer=lambda answer: terminal.show_written(answer, text=not args.json, figures=not args.quiet),
+            note=lambda text: print(text, file=sys.stderr),
+        )
+    return _print(args, {"model": args.path, "system": args.system, "answers": answers}, lambda out: None)
+
+
+def _serve(args: Namespace) -> int:
+    _require("serve", "fastapi", "openai", "uvicorn")
+    from ptq161 import serve, terminal
+    from ptq161.handlers import Served
+
+    with terminal.quiet_libraries(debug=args.debug), serve.listen(args.host, args.port) as listener:
+        model, tokenizer = _open(args)
+        served = Served(args.name or serve.name_of(args.path), model, tokenizer)
+        url = serve.url_of(listener)
+        _print(args, {"model": served.name, "url": url}, lambda out: out.print(f"{served.name} answers at {url}"))
+        sys.stdout.flush()
+        serve.run(served, listener, access_log=not args.quiet)
+    return 0
 
 
 def _bench(args: Namespace) -> int:
@@ -209,6 +220,8 @@ COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "inspect": _inspect,
     "verify": _verify,
     "generate": _generate,
+    "chat": _chat,
+    "serve": _serve,
     "bench": _bench,
 }
 
@@ -228,6 +241,29 @@ def _dtype(args: Namespace) -> "torch.dtype | None":
     import torch
 
     return None if args.dtype == "auto" else getattr(torch, args.dtype)
+
+
+def _open(args: Namespace) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The model of a command and its tokenizer, kept and computed as the options say."""
+    from ptq161 import machine, sources
+
+    device = machine.pick_device(args.device)
+    return sources.open_model(
+        args.path, device=device, dtype=_dtype(args), mode=args.mode, activations=args.activations
+    )
+
+
+def _sampling(args: Namespace) -> "Sampling":
+    from ptq161.generation import Sampling
+
+    return Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+
+
+def _require(extra: str, *modules: str) -> None:
+    """Raises InputError if one of the modules that an extra brings is not installed."""
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise InputError(f'this command needs {", ".join(missing)}: pip install "ptq161[{extra}]"')
 
 
 def _weight_bytes(path: str) -> int | None:
