@@ -95,9 +95,9 @@ def _speeds(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[fl
 
 
 def _linear_bytes(model: PreTrainedModel) -> int:
-    """Stored bytes of the packed linears: what a token must at least read."""
-    linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    return sum(spec.nbytes for linear in linears for spec in linear.spec.specs().values())
+    """Stored bytes of the packed linears in the decoder blocks: what a token must at least read besides the head."""
+    layout = model.hf_quantizer.quantization_config.layout  # type: ignore[union-attr]
+    return sum(layout.parts().values())
 
 
 def _check_memory(model: PreTrainedModel, name: str) -> None:
