@@ -138,7 +138,12 @@ def _bench_arguments(parser: _Parser) -> None:
     add("--shape", type=_shape, metavar="RxC", help="one linear of R outputs and C inputs with random weights instead")
     add("--threads", type=int, metavar="N", help="of the products (default: as torch has it)")
     add("--tokens", type=int, action="append", metavar="T", help="with --shape: rows of activations (1 and 128)")
-    add("--format", choices=("mixed", "paper"), default="mixed", help="with --shape: column groups")
+    add(
+        "--format",
+        choices=("mixed", "paper", "int8"),
+        default="mixed",
+        help="with --shape: column groups; int8: a head",
+    )
     add("--rounds", type=int, metavar="N", help="turns of every contender (default 40 for a shape, 3 for a model)")
     add("--prompt-tokens", type=int, default=128, metavar="T", help="with PATH: tokens to read first")
     add("--new-tokens", type=int, default=32, metavar="T", help="with PATH: tokens to write")

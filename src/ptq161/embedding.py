@@ -23,7 +23,7 @@ class ScaledEmbedding(nn.Embedding):
     """A dense embedding whose rows are multiplied by a constant, as Gemma's are."""
 
     def __init__(self, weight: Tensor, factor: float) -> None:
-        super().__init__(*weight.shape, _weight=weight)
+        super().__init__(weight.shape[0], weight.shape[1], _weight=weight)
         self.factor = factor
 
     def forward(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch cols"]:

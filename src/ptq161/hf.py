@@ -217,7 +217,8 @@ def _checked_headers(model: PreTrainedModel, layout: ModelLayout, files: Iterabl
     transformers compares no shapes for a quantized model, and starts missing tensors at random with a warning.
     Raises CheckpointError.
     """
-    specs, shapes = layout.tensor_specs(), {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    specs, state = layout.tensor_specs(), model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     file_of: dict[str, str] = {}
     root = model.config.name_or_path or ""
     for path in map(str, files):
@@ -238,6 +239,8 @@ def _checked_headers(model: PreTrainedModel, layout: ModelLayout, files: Iterabl
                         raise CheckpointError(f"{file}: tensor {name} is {list(shape)}, expected {list(shapes[name])}")
                     if name in specs and HEADER_DTYPES.get(dtype) != specs[name].dtype:
                         raise CheckpointError(f"{file}: tensor {name} is {dtype}, expected {specs[name].dtype}")
+                    if name in state and state[name].is_floating_point() and "F" not in dtype:
+                        raise CheckpointError(f"{file}: tensor {name} is {dtype}, expected floating point")
         except SafetensorError as error:
             raise CheckpointError(f"{file}: is not a readable safetensors file: {error}") from error
     missing = sorted(specs.keys() - file_of.keys()) if file_of else []

@@ -91,9 +91,10 @@ def install_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
         model.set_submodule(head_name, head.dense(dtype))
         return
     assert isinstance(head, TiedHead)
-    linear = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+    linear = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
     linear.weight = embedding.weight
-    linear.bias = None if head.bias is None else nn.Parameter(head.bias.detach().to(dtype))
+    if head.bias is not None:
+        linear.bias = nn.Parameter(head.bias.detach().to(dtype))
     model.set_submodule(head_name, linear.train(head.training))
     _set_ties(model, {**_ties(model), f"{head_name}.weight": f"{_name_of(model, embedding)}.weight"})
 
@@ -133,7 +134,8 @@ def _is_tied(model: PreTrainedModel, head_name: str) -> bool:
 
 
 def _name_of(model: PreTrainedModel, module: nn.Module | None) -> str:
-    return next(name for name, other in model.named_modules() if other is module)
+    name: str = next(name for name, other in model.named_modules() if other is module)
+    return name
 
 
 def _ties(model: PreTrainedModel) -> dict[str, str]:

@@ -96,8 +96,8 @@ def _speeds(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[fl
 
 def _linear_bytes(model: PreTrainedModel) -> int:
     """Stored bytes of the packed linears in the decoder blocks: what a token must at least read besides the head."""
-    layout = model.hf_quantizer.quantization_config.layout  # type: ignore[union-attr]
-    return sum(layout.parts().values())
+    quantizer: Any = model.hf_quantizer
+    return sum(quantizer.quantization_config.layout.parts().values())
 
 
 def _check_memory(model: PreTrainedModel, name: str) -> None:
