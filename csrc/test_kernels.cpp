@@ -105,7 +105,8 @@ int main() {
         for (const int64_t rows : {1, 31, 33, 96}) {
             for (const int64_t cols : {1, 7, 33, 128, 129, 300}) {
                 std::vector<Group> groups = {group_of(1, cols, -1, 2, false, true), group_of(2, 301 - cols, -1, 1, false, false),
-                                             group_of(4, (cols + 2) / 3, -15, 2, true, false)};
+                                             group_of(4, (cols + 2) / 3, -15, 2, true, false),
+                                             group_of(8, (cols + 4) / 2, -127, 1, false, false)};
                 const Example example = make_example(rows, groups, random);
                 for (const int64_t tokens : {0, 1, 2, 3, 6, 7, 12, 13, 30}) {
                     for (const bool exact : {false, true}) {

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ptq161.binarize import CODE_WIDTHS, reconstruct
 from ptq161.errors import InputError
-from ptq161.kernels import cpu, cpu_kernels, tile, tiled_linear, untile
+from ptq161.kernels import cpu, cpu_kernels, tile, tiled_linear, tiled_rows, untile
 from ptq161.layout import PackedLinearSpec
 from ptq161.linear import PackedLinear
 from ptq161.packing import pack, unpack
@@ -36,8 +36,12 @@ SHAPES = [
     (100, {"1bit": 33, "ternary": 17, "4bit": 9}, True),
     (192, {"1bit": 183, "ternary": 365, "4bit": 28}, False),
     (257, {"1bit": 1025}, True),
+    (70, {"8bit": 301}, False),
+    (33, {"1bit": 20, "8bit": 131, "4bit": 9}, True),
 ]
+EIGHT_BIT = SHAPES[10]
 LARGE = [(4096, {"1bit": 3285, "4bit": 811}, True), (11008, {"1bit": 1264, "ternary": 2624, "4bit": 208}, False)]
+LARGE += [(8192, {"8bit": 2048}, False)]
 LIMIT = {"int8": 2e-2, "exact": 1e-5}
 
 
@@ -237,7 +241,7 @@ def test_tiny_and_huge_activations(kernel):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4], SHAPES[7]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4], SHAPES[7], EIGHT_BIT], ids=str)
 def test_opcheck(shape, dtype):
     tiled = tile(weight_of(shape))
     layout = cpu.as_integers(tiled.layout)
@@ -403,6 +407,43 @@ def test_an_order_that_leads_outside_is_an_error(channel, exact):
             tiled_linear(torch.zeros(tokens, 59), replace(tiled, order=order), exact=exact)
 
 
+# Looking rows up
+
+
+@pytest.mark.parametrize("shape", [EIGHT_BIT, SHAPES[1], SHAPES[2], (64, {"4bit": 37}, False)], ids=str)
+@pytest.mark.parametrize("batch", [(), (0,), (5,), (2, 3)], ids=str)
+def test_rows_of_tiles_are_the_rows_of_the_weight(shape, batch):
+    packed = weight_of((*shape[:2], False))
+    rows = torch.randint(packed.layout.rows, batch, generator=torch.Generator().manual_seed(0))
+    found = tiled_rows(rows, tile(packed))
+    assert torch.equal(found, reconstruct(unpack(packed))[rows])
+    assert torch.equal(tiled_rows(rows.int(), tile(packed)), found)
+
+
+def test_row_opcheck():
+    tiled = tile(weight_of(EIGHT_BIT))
+    rows = torch.tensor([[0, 69], [31, 32]])
+    torch.library.opcheck(torch.ops.ptq161.tiled_rows.default, (rows, tiled.tiles, cpu.as_integers(tiled.layout)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "match"),
+    [
+        (EIGHT_BIT, torch.tensor([3, -1]), "row -1 is out of range: there are 70"),
+        (EIGHT_BIT, torch.tensor([70]), "row 70 is out of range"),
+        (EIGHT_BIT, torch.tensor([2**62]), "out of range"),
+        (EIGHT_BIT, torch.tensor([1.0]), "row numbers as torch.float32"),
+        (EIGHT_BIT, torch.tensor([1], device="meta"), "on meta"),
+        (SHAPES[3], torch.tensor([1]), "one column group"),
+        (SHAPES[9], torch.tensor([1]), "one column group"),
+    ],
+)
+def test_wrong_rows_are_refused(shape, rows, match):
+    tiled = tile(weight_of(shape))
+    with pytest.raises(InputError, match=match):
+        torch.ops.ptq161.tiled_rows(rows, tiled.tiles, cpu.as_integers(tiled.layout))
+
+
 @needs_native
 def test_strided_activations_and_bias():
     packed = weight_of(SHAPES[7])
@@ -452,6 +493,7 @@ def test_native_sizes_are_checked_again(data):
         (2**63, [(1, 8, -1.0, 2.0, False, False)]),
         (6, []),
         (6, [(3, 8, -1.0, 2.0, False, False)]),
+        (6, [(16, 8, -1.0, 2.0, False, False)]),
         (6, [(1, 0, -1.0, 2.0, False, False)]),
         (6, [(1, 2**29, -1.0, 2.0, False, False)]),
         (6, [(1, 8, -1.0, 2.0, False, False)] * 17),

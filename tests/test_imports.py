@@ -35,12 +35,14 @@ ALLOWED = {
     # running packed models
     "kernels": "packing binarize",
     "linear": "kernels layout packing binarize",
+    "embedding": "linear kernels layout packing binarize",
+    "vocabulary": "embedding linear layout packing binarize",
     # files
     "folder": "",
     "contents": "folder layout packing",
     "verify": "folder layout packing",
     "saving": "contents folder layout packing",
-    "hf": "saving verify folder linear kernels layout packing machine config",
+    "hf": "saving verify vocabulary folder linear kernels layout packing machine config",
     "checkpoint": "blocks latent layout binarize",
     # text and models from outside
     "hub": "",
@@ -53,9 +55,10 @@ ALLOWED = {
     "chat": "generation",
     "handlers": "chat generation data",
     "serve": "handlers",
-    "inspection": "sources hf saving contents folder discovery blocks allocation layout packing config",
+    "inspection": "sources hf vocabulary saving contents folder discovery blocks allocation layout packing config",
     "pipeline": (
-        "walk distill student methods blocks checkpoint hf folder inspection sources data layout config machine"
+        "walk distill student methods blocks checkpoint hf vocabulary folder inspection sources data layout config "
+        "machine"
     ),
     "report": "",
     "arguments": "config",
@@ -77,6 +80,7 @@ THIRD_PARTY = {
     "methods": "torch jaxtyping",
     "kernels": "torch jaxtyping",
     "linear": "torch jaxtyping",
+    "embedding": "torch jaxtyping",
     "blocks": "torch jaxtyping",
     "discovery": "torch jaxtyping transformers",
     "walk": "torch jaxtyping transformers",

@@ -22,9 +22,11 @@ from ptq161.checkpoint import WorkFolder
 from ptq161.config import CalibrationConfig, QuantConfig
 from ptq161.data import calibration_tokens
 from ptq161.discovery import decoder_blocks, first_hidden, trace
-from ptq161.errors import InputError, NonFiniteError, Ptq161Error
+from ptq161.errors import InputError, NonFiniteError, Ptq161Error, UnsupportedModule
 from ptq161.fit import objective
+from ptq161.inspection import inspect
 from ptq161.layout import ModelLayout
+from ptq161.verify import verify
 
 SETTINGS = {
     "preset": "paper",
@@ -557,3 +559,43 @@ def test_dry_run_predicts_the_file_and_touches_nothing(run, source, tmp_path, mo
 def test_dry_run_refuses_what_the_run_would(source):
     with pytest.raises(InputError, match="cannot be reached"):
         pipeline.plan(source, **SETTINGS | {"salient_ratio": None, "bits": 1.61})
+
+
+# --head int8
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_int8_head_is_planned_and_written_and_leaves_the_bits_alone(
+    run, family, model_folder, calibration_file, tmp_path
+):
+    model, out = model_folder(family), tmp_path / "int8"
+    plain, result = run(tmp_path / "plain", model=model), run(out, model=model, head="int8")
+    assert (result["bits_per_weight"], plain["vocabulary_bits"]) == (plain["bits_per_weight"], None)
+    assert result["vocabulary_bits"] == 8 + 16 / 32
+    matrix = VOCABULARY * 32 + 2 * VOCABULARY
+    assert (result["embedding_bytes"], result["head_bytes"]) == (matrix, matrix if family == "llama" else 0)
+    planned = pipeline.plan(model, calib=str(calibration_file), **SETTINGS, head="int8")
+    for sizes in (planned, inspect(out)):
+        assert {key: sizes[key] for key in pipeline.SIZES} == {key: result[key] for key in pipeline.SIZES}
+    sizes = inspect(out)
+    assert sum(sizes["parts"].values()) + sizes["other_bytes"] + sizes["header_bytes"] == sizes["file_bytes"]
+    assert result["file_bytes"] == sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert verify(out)["ok"]
+    card, record = (out / "README.md").read_text(), json.loads((out / "run.json").read_text())
+    assert "Embedding and head, which do not count there, are int8" in card and "8.50 bits per weight" in card
+    assert record["config"]["head"] == "int8"
+    assert "as they are" in (tmp_path / "plain" / "README.md").read_text()
+    linears = [load_file(path / "model.safetensors") for path in (out, tmp_path / "plain")]
+    names = [name for name in linears[0] if ".layers." in name]
+    assert names and all(linears[0][name].equal(linears[1][name]) for name in names)
+
+
+def test_int8_head_of_an_unknown_embedding_is_refused_before_anything_is_written(source, tokenizer, run, tmp_path):
+    class Normed(torch.nn.Embedding):
+        pass
+
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.set_input_embeddings(Normed(VOCABULARY, 32))
+    with pytest.raises(UnsupportedModule, match="is Normed"):
+        run(tmp_path / "out", model=model, tokenizer=tokenizer, head="int8")
+    assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ptq161.binarize import CODE_WIDTHS
+from ptq161.allocation import MIXED_WIDTHS
 from ptq161.config import PRESETS, Magnitude
 from ptq161.methods import METHODS
 from ptq161.report import page
@@ -265,7 +265,7 @@ def test_a_narrow_corner_shows_fewer_channels() -> None:
 
 
 def test_every_code_width_and_method_can_be_shown() -> None:
-    assert list(WIDTHS) == list(CODE_WIDTHS)
+    assert list(WIDTHS) == [width.name for width in MIXED_WIDTHS]
     assert EXPLANATIONS.keys() == METHODS.keys()
     for magnitude in Magnitude:
         assert objective_in_words({"magnitude": magnitude.value, "angular": False})

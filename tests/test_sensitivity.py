@@ -136,8 +136,8 @@ def test_fewer_levels_harm_more():
     model, _, shapes = tiny()
     for harm in shared_harms(model, shapes, SAMPLES, tuple(CODE_WIDTHS.values()), generator()).values():
         assert harm.isfinite().all() and (harm >= 0).all()
-        one, ternary, four = harm.sum(dim=0).tolist()
-        assert one > ternary > 5 * four > 0
+        one, ternary, four, eight = harm.sum(dim=0).tolist()
+        assert one > ternary > 5 * four > 5 * eight > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -56,6 +56,23 @@ def test_a_table_for_people(capsys):
     assert "33 x 20, paper format" in out and "1 thread," in out and "times as fast" in out
 
 
+def test_a_head_is_measured(capsys):
+    assert main(["bench", "--shape", "70x36", "--rounds", "2", "--format", "int8", "--tokens", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["weight_bytes"] == 70 * 36 + 2 * 70 and result["decode_tok_s"] > 0
+
+
+def test_bytes_of_a_model_leave_its_head_out(tmp_path, capsys, tokenizer):
+    sizes = []
+    for int8_head in (False, True):
+        folder = tmp_path / f"head-{int8_head}"
+        write_packed(folder, "llama-tied", tokenizer=tokenizer, int8_head=int8_head)
+        command = ["bench", str(folder), "--rounds", "1", "--prompt-tokens", "5", "--new-tokens", "2", "--json"]
+        assert main([*command, "--dense", "float32"]) == 0
+        sizes.append(json.loads(capsys.readouterr().out)["weight_bytes"])
+    assert sizes[0] == sizes[1]
+
+
 def test_copies_are_four_caches_together():
     assert [speed._copies(nbytes) for nbytes in (1, 4096, 16384, 16385)] == [16384, 4, 1, 1]
 

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import ptq161
-from ptq161.config import DEFAULT_PRESET, PRESETS, CalibrationConfig, QuantConfig, preset_named, read_toml, unknown
+from ptq161.config import (
+    DEFAULT_PRESET,
+    PRESETS,
+    CalibrationConfig,
+    Head,
+    QuantConfig,
+    preset_named,
+    read_toml,
+    unknown,
+)
 from ptq161.errors import InputError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -64,6 +73,7 @@ def _parser() -> _Parser:
     inspect = command("inspect", "bits per weight and bytes by part; predicted for a model not yet packed")
     inspect.add_argument("path", metavar="PATH", help="packed folder, or config.json, HF folder, .gguf, hub name")
     _budget_arguments(inspect)
+    _head_argument(inspect)
     verify = command("verify", "check every file and tensor of a packed checkpoint")
     verify.add_argument("path", metavar="DIR", help="packed folder")
     generate = command("generate", "continue a prompt, and say how fast")
@@ -96,6 +106,7 @@ def _quantize_arguments(parser: _Parser) -> None:
     add("--epochs", type=int, metavar="E", help="learning passes over the samples")
     add("--seed", type=int, metavar="S", help="of sampling and learning")
     add("--method", metavar="NAME", help="how a block is quantized")
+    _head_argument(parser)
     add("--set", action="append", type=_key_value, default=[], metavar="K=V", help="any other setting; may be repeated")
     add("--config", type=Path, metavar="F.toml", help="settings, one `key = value` a line")
     add("--blocks", type=_block_range, metavar="A:B", help="quantize only these decoder blocks (half-open, from 0)")
@@ -144,7 +155,12 @@ def _bench_arguments(parser: _Parser) -> None:
     add("--shape", type=_shape, metavar="RxC", help="one linear of R outputs and C inputs with random weights instead")
     add("--threads", type=int, metavar="N", help="of the products (default: as torch has it)")
     add("--tokens", type=int, action="append", metavar="T", help="with --shape: rows of activations (1 and 128)")
-    add("--format", choices=("mixed", "paper"), default="mixed", help="with --shape: column groups")
+    add(
+        "--format",
+        choices=("mixed", "paper", "int8"),
+        default="mixed",
+        help="with --shape: column groups; int8: a head",
+    )
     add("--rounds", type=int, metavar="N", help="turns of every contender (default 40 for a shape, 3 for a model)")
     add("--prompt-tokens", type=int, default=128, metavar="T", help="with PATH: tokens to read first")
     add("--new-tokens", type=int, default=32, metavar="T", help="with PATH: tokens to write")
@@ -155,6 +171,11 @@ def _budget_arguments(parser: _Parser) -> None:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--bits", type=float, metavar="B", help="honest bits per weight to stay within, e.g. 1.61")
     budget.add_argument("--salient-ratio", type=float, metavar="R", help="share of the channels at 4 bits, e.g. 0.2")
+
+
+def _head_argument(parser: _Parser) -> None:
+    text = "embedding and head: keep (default) at 16 bits, or int8 with a scale per vocabulary entry"
+    parser.add_argument("--head", choices=[head.value for head in Head], help=text)
 
 
 def _activations_argument(parser: _Parser, default: str) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import ptq161
 from ptq161.arguments import parse, quantize_settings
-from ptq161.config import QuantConfig
+from ptq161.config import Head, QuantConfig
 from ptq161.errors import InputError, Ptq161Error
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _inspect(args: Namespace) -> int:
     from ptq161 import inspection, terminal
 
     with terminal.quiet_libraries(debug=args.debug):
-        result = inspection.inspect(args.path, **budget)
+        result = inspection.inspect(args.path, **budget, head=args.head or Head.KEEP)
     return _print(args, result, lambda out: terminal.show_inspected(out, args.path, result))
 
 

@@ -54,6 +54,13 @@ class Distill(enum.StrEnum):
     REQUIRED = "required"  # an error if it does not fit
 
 
+class Head(enum.StrEnum):
+    """How embedding and head are stored. They do not count in the bits per weight, and learning leaves them alone."""
+
+    KEEP = "keep"  # as the other tensors that are not quantized
+    INT8 = "int8"  # 8 bits a weight and a float16 scale per vocabulary entry; tied weights stay tied
+
+
 class Compute(enum.StrEnum):
     """Arithmetic of the learning steps. Targets, streams and reported losses are always float32."""
 
@@ -121,6 +128,7 @@ class QuantConfig(_Settings):
     distill_batch_size: int = 2  # samples of one step
     distill_lr_latent: float = 1e-3  # in units of the matrix's mean magnitude
     distill_lr_scale: float = 5e-4  # for scales, in units of themselves, and for norm weights
+    head: Head = Head.KEEP
     compute: Compute = Compute.AUTO
     seed: int = 0
 

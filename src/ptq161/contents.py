@@ -37,20 +37,20 @@ DTYPE_NAMES = {
 
 
 def stored_tensors(model: PreTrainedModel, layout: ModelLayout, dtype: torch.dtype | None) -> dict[str, TensorSpec]:
-    """Every tensor of the checkpoint in the order of the model: packed linears instead of their weights, ties once.
+    """Every tensor of the checkpoint in the order of the model: packed modules instead of their weights, ties once.
 
     dtype: of floating-point tensors that are not packed; None keeps each as it is. The model may be on meta.
     """
-    state = model.state_dict()
+    state, packed = model.state_dict(), layout.modules
     ignored = set(model._keys_to_ignore_on_save or ())
     for name, source in model.all_tied_weights_keys.items():
         if name in state and source in state and state[name].data_ptr() == state[source].data_ptr():
             ignored.add(name)
     tensors: dict[str, TensorSpec] = {}
     for name, tensor in state.items():
-        linear, _, leaf = name.rpartition(".")
-        if leaf == "weight" and linear in layout.linears:
-            tensors |= {f"{linear}.{part}": spec for part, spec in layout.linears[linear].specs().items()}
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and module in packed:
+            tensors |= {f"{module}.{part}": spec for part, spec in packed[module].specs().items()}
         elif name not in ignored:
             tensors[name] = TensorSpec(tuple(tensor.shape), _stored_dtype(tensor, dtype), OTHER)
     return tensors

@@ -27,6 +27,7 @@ from ptq161.machine import available_memory_bytes, pick_device
 from ptq161.packing import COLUMN_TYPES, problems
 from ptq161.saving import save_packed
 from ptq161.verify import folder_problems
+from ptq161.vocabulary import install_dense, install_packed
 
 __all__ = ["PackedConfig", "PackedQuantizer", "is_packed", "load", "save_packed"]
 
@@ -67,7 +68,7 @@ class PackedConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class PackedQuantizer(HfQuantizer):
-    """Puts empty PackedLinears where the layout says, lets transformers fill them, and checks what it filled in."""
+    """Puts empty packed modules where the layout says, lets transformers fill them, and checks what it filled in."""
 
     quantization_config: PackedConfig
     requires_calibration = True  # a model is quantized by `ptq161 quantize`, never while it loads
@@ -80,10 +81,11 @@ class PackedQuantizer(HfQuantizer):
             linear = _linear_to_replace(model, name, spec)
             bias = linear.bias is not None
             model.set_submodule(name, PackedLinear(spec, bias=bias, device="meta", dtype=linear.weight.dtype))
+        install_packed(model, layout.vocabulary)
         self.file_of = _checked_headers(model, layout, checkpoint_files or ())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        packed = {name: model.get_submodule(name) for name in self.quantization_config.layout.linears}
+        packed = {name: model.get_submodule(name) for name in self.quantization_config.layout.modules}
         for name, linear in packed.items():
             assert isinstance(linear, PackedLinear)
             owner = packed.get(linear.spec.columns_from or "")
@@ -102,6 +104,7 @@ class PackedQuantizer(HfQuantizer):
             packed = model.get_submodule(name)
             assert isinstance(packed, PackedLinear)
             model.set_submodule(name, packed.dense(dtype or model.dtype))
+        install_dense(model, dtype or model.dtype)
         return model
 
     def is_serializable(self) -> bool:
@@ -126,7 +129,8 @@ def load(
     device: a torch device, or "auto" for the GPU if there is one. dtype: of activations and unquantized tensors
     (default: as stored). mode: "packed" keeps the weights packed, and without a fast kernel unpacks them at every
     call; "dense" unpacks each once, to `nn.Linear`; "auto" is dense where the device has no fast kernel and the dense
-    weights fit in half of its available memory, else packed. activations: of packed weights on a CPU with native
+    weights fit in half of its available memory, else packed; embedding and head as the linears, where they are int8.
+    activations: of packed weights on a CPU with native
     kernels, "int8" (rounded in blocks of 128 channels) or "float32"; everything else computes in its dtype anyway.
 
     Raises CheckpointError naming file and tensor if anything is missing, damaged or of another format version.
@@ -188,7 +192,8 @@ def _better_dense(layout: ModelLayout, device: torch.device, dtype: torch.dtype)
     if has_fast_kernel(device):
         return False
     available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory_bytes()
-    return available is not None and layout.quantized_weights * dtype.itemsize <= available // 2
+    weights = sum(spec.layout.rows * spec.layout.cols for spec in layout.modules.values())
+    return available is not None and weights * dtype.itemsize <= available // 2
 
 
 def _linear_to_replace(model: PreTrainedModel, name: str, spec: PackedLinearSpec) -> nn.Linear:
@@ -212,7 +217,8 @@ def _checked_headers(model: PreTrainedModel, layout: ModelLayout, files: Iterabl
     transformers compares no shapes for a quantized model, and starts missing tensors at random with a warning.
     Raises CheckpointError.
     """
-    specs, shapes = layout.tensor_specs(), {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    specs, state = layout.tensor_specs(), model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     file_of: dict[str, str] = {}
     root = model.config.name_or_path or ""
     for path in map(str, files):
@@ -233,6 +239,8 @@ def _checked_headers(model: PreTrainedModel, layout: ModelLayout, files: Iterabl
                         raise CheckpointError(f"{file}: tensor {name} is {list(shape)}, expected {list(shapes[name])}")
                     if name in specs and HEADER_DTYPES.get(dtype) != specs[name].dtype:
                         raise CheckpointError(f"{file}: tensor {name} is {dtype}, expected {specs[name].dtype}")
+                    if name in state and state[name].is_floating_point() and "F" not in dtype:
+                        raise CheckpointError(f"{file}: tensor {name} is {dtype}, expected floating point")
         except SafetensorError as error:
             raise CheckpointError(f"{file}: is not a readable safetensors file: {error}") from error
     missing = sorted(specs.keys() - file_of.keys()) if file_of else []

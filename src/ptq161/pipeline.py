@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,34 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import ptq161
 from ptq161.blocks import float32_vectors
 from ptq161.checkpoint import WorkFolder, check_disk, check_out
-from ptq161.config import DEFAULT_PRESET, CalibrationConfig, Distill, QuantConfig, preset_named, unknown
+from ptq161.config import DEFAULT_PRESET, CalibrationConfig, Distill, Head, QuantConfig, preset_named, unknown
 from ptq161.data import calibration_and_fresh_tokens
 from ptq161.distill import held_out_count, step_count, tune
 from ptq161.errors import InputError, Ptq161Error
 from ptq161.folder import tensor_checksum
 from ptq161.hf import save_packed
 from ptq161.inspection import inspect, predict
+from ptq161.layout import PackedLinearSpec
 from ptq161.machine import free_memory_bytes, peak_rss_bytes, pick_device
 from ptq161.methods import METHODS
 from ptq161.sources import DenseModel, open_dense
 from ptq161.student import memory_bytes, student_of
+from ptq161.vocabulary import pack_vocabulary, vocabulary_specs
 from ptq161.walk import OnProgress, Prepared, Progress, packed_tensors, prepare, walk
 
 __all__ = ["Progress", "plan", "quantize", "settings"]
 
 # Of what `inspect` reports, what `quantize` reports, too.
-SIZES = ("bits_per_weight", "paper_bits", "salient_ratio", "file_bytes", "quantized_weights")
+SIZES = (
+    "bits_per_weight",
+    "paper_bits",
+    "salient_ratio",
+    "file_bytes",
+    "quantized_weights",
+    "vocabulary_bits",
+    "embedding_bytes",
+    "head_bytes",
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -72,13 +83,14 @@ def quantize(
     out, torch_device = Path(out), pick_device(device)
     check_out(out, overwrite=overwrite)
     source = _source(model, tokenizer)
+    vocabulary = _vocabulary(source.model, config)
     save_dtype = _save_dtype(dtype, source.dtype)
     tokens, fresh = calibration_and_fresh_tokens(
         calibration, _fresh_samples(config, calibration), source.tokenizer, source.model
     )
     learned = _learned_samples(config, tokens, fresh)
     identity = _fingerprint(source.model.state_dict())
-    prepared = prepare(source.model, tokens, config, blocks, torch_device)
+    prepared = _with_vocabulary(prepare(source.model, tokens, config, blocks, torch_device), vocabulary)
     predicted = predict(source.model, prepared.layout, save_dtype)
     check_disk(out, predicted["file_bytes"] + _work_bytes(prepared, tokens.shape, config))
     if config.distill is Distill.REQUIRED and (obstacle := _obstacle(prepared, config, learned, torch_device)):
@@ -111,7 +123,7 @@ def quantize(
                     work.result,
                     source.model,
                     prepared.layout,
-                    packed,
+                    packed | pack_vocabulary(source.model, prepared.layout.vocabulary),
                     dtype=save_dtype,
                     run=run,
                     tokenizer=source.tokenizer,
@@ -231,9 +243,11 @@ def plan(
     config, calibration = settings(preset, calib, samples, seqlen, seed, overrides)
     torch_device = pick_device(device)
     source = _source(model, tokenizer)
+    vocabulary = _vocabulary(source.model, config)
     save_dtype = _save_dtype(dtype, source.dtype)
     tokens = torch.zeros(1, min(calibration.seqlen, 8), dtype=torch.int64)
     prepared = prepare(source.model, tokens, config, blocks, torch_device, calibrated=False)
+    prepared = _with_vocabulary(prepared, vocabulary)
     predicted = predict(source.model, prepared.layout, save_dtype)
     shape = torch.Size((calibration.samples, calibration.seqlen))
     return {
@@ -288,6 +302,14 @@ def _source(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerB
     if tokenizer is None:
         raise InputError("a model in memory comes without its tokenizer: give tokenizer=...")
     return DenseModel(model, tokenizer, model.dtype)
+
+
+def _vocabulary(model: PreTrainedModel, config: QuantConfig) -> dict[str, PackedLinearSpec]:
+    return vocabulary_specs(model) if config.head is Head.INT8 else {}
+
+
+def _with_vocabulary(prepared: Prepared, vocabulary: Mapping[str, PackedLinearSpec]) -> Prepared:
+    return replace(prepared, layout=replace(prepared.layout, vocabulary=vocabulary))
 
 
 def _save_dtype(name: str, source: torch.dtype) -> torch.dtype:

@@ -36,7 +36,7 @@ def save_packed(
     """Write a packed checkpoint into `folder`, which is made if need be.
 
     model: gives everything that is not packed, its tensors converted to `dtype` (None: kept as they are); the weights
-    of the linears in `layout` are not looked at. packed: full tensor name -> tensor for every name in
+    of the modules in `layout` are not looked at. packed: full tensor name -> tensor for every name in
     `layout.tensor_specs()`; read one shard of at most `shard_bytes` at a time. run: becomes run.json; the model card
     quotes its `model`, `config` and `calibration` if they are there, and its `provenance` goes into config.json.
 
@@ -45,7 +45,7 @@ def save_packed(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state, specs = model.state_dict(), layout.tensor_specs()
-    strange = (specs.keys() ^ packed.keys()) | ({f"{name}.weight" for name in layout.linears} - state.keys())
+    strange = (specs.keys() ^ packed.keys()) | ({f"{name}.weight" for name in layout.modules} - state.keys())
     if strange:
         raise ValueError(f"layout, packed tensors and model do not belong together: see {min(strange)}")
 
@@ -119,11 +119,16 @@ def model_card(layout: ModelLayout, run: Mapping[str, Any]) -> str:
         weights=f"{layout.quantized_weights:,}",
         bits=f"{layout.bits_per_weight:.4f}",
         paper="" if layout.paper_bits is None else f" The paper's own formula gives {layout.paper_bits:.4f}.",
+        others=VOCABULARY_TEXT.format(bits=layout.vocabulary_bits) if layout.vocabulary else OTHERS_TEXT,
         version=ptq161.__version__,
         settings=f"\n## Settings\n\n| setting | value |\n| --- | --- |\n{rows}" if rows else "",
     )
 
 
+OTHERS_TEXT = "All other tensors are stored as they are."
+VOCABULARY_TEXT = """\
+Embedding and head, which do not count there, are int8 with one scale per row, {bits:.2f} bits per weight; all other
+tensors are stored as they are."""
 CARD_TEXT = """\
 ---
 library_name: transformers
@@ -135,7 +140,7 @@ tags:
 # Packed model
 
 The {linears} packed linears{source} ({weights} weights) take **{bits} bits per weight** in this folder's files: codes,
-column types, every row and column vector and all padding counted.{paper} All other tensors are stored as they are.
+column types, every row and column vector and all padding counted.{paper} {others}
 Written by ptq161 {version} after PTQ1.61 (arXiv 2502.13179).
 
 ## Load

@@ -232,7 +232,13 @@ def _budget_rows(result: Mapping[str, Any]) -> dict[str, str]:
         "channels kept at 4 bits": f"{result['salient_ratio']:.2%}",
         "quantized weights": f"{result['quantized_weights']:,}",
         "linears left dense": str(result["dense_linears"]),
+        "embedding and head": size(result["embedding_bytes"] + result["head_bytes"]) + _vocabulary_bits(result),
     }
+
+
+def _vocabulary_bits(result: Mapping[str, Any]) -> str:
+    bits = result["vocabulary_bits"]
+    return "" if bits is None else f", int8: {bits:.2f} bits per weight, counted apart"
 
 
 def show_quantized(out: Console, result: Mapping[str, Any], source_bytes: int | None, next_commands: list[str]) -> None:
@@ -308,8 +314,9 @@ def show_inspected(out: Console, path: str, result: Mapping[str, Any]) -> None:
     table.add_section()
     table.add_row("linears", f"{stored:,}", f"{stored / file_bytes:.1%}", f"{result['bits_per_weight']:.4f}")
     rest = result["other_bytes"] - result["embedding_bytes"] - result["head_bytes"]
-    head = "head (tied: the embedding)" if not result["head_bytes"] else "head"
-    others = {"embedding": result["embedding_bytes"], head: result["head_bytes"], "everything else": rest}
+    int8 = "" if result["vocabulary_bits"] is None else " (int8)"
+    head = f"head{int8}" if result["head_bytes"] else "head (tied: the embedding)"
+    others = {f"embedding{int8}": result["embedding_bytes"], head: result["head_bytes"], "everything else": rest}
     for name, count in (others | {"file headers": result["header_bytes"]}).items():
         table.add_row(name, f"{count:,}", f"{count / file_bytes:.1%}", "")
     table.add_section()

@@ -169,16 +169,17 @@ def _tensor_problems(
     if checksums is not None:
         yield from _checksum_problems(tensors, file_of, home, checksums)
         return
+    packed = layout.modules
     for tensor in sorted(tensors.keys() - layout.tensor_specs().keys()):
         module, _, name = tensor.rpartition(".")
-        if module in layout.linears and name != "bias":
+        if module in packed and name != "bias":
             yield Problem(file_of[tensor], tensor, "does not belong to this linear")
 
 
 def _linear_problems(
     tensors: Mapping[str, Tensor], file_of: Mapping[str, str], layout: ModelLayout
 ) -> Iterator[Problem]:
-    for name, spec in layout.linears.items():
+    for name, spec in layout.modules.items():
         full = {tensor: f"{name}.{tensor}" for tensor in spec.layout.specs()}
         if spec.columns_from is not None:
             full[COLUMN_TYPES] = f"{spec.columns_from}.{COLUMN_TYPES}"

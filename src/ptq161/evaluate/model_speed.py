@@ -48,7 +48,7 @@ def bench_model(
     speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for turn in range(rounds + 1):
         for name, model in models.items():
-            speed = _speeds(model, prompt, new_tokens if turn else 2)
+            speed = generation_speed(model, prompt, new_tokens if turn else 2)
             if turn:  # the first round only warms up
                 speeds[name].append(speed)
     rows: list[dict[str, Any]] = [
@@ -78,7 +78,7 @@ def bench_model(
     }
 
 
-def _speeds(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+def generation_speed(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
     """Tokens per second of the prompt, up to the first new token, and of every further one."""
     settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     seconds = []
@@ -95,9 +95,9 @@ def _speeds(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[fl
 
 
 def _linear_bytes(model: PreTrainedModel) -> int:
-    """Stored bytes of the packed linears: what a token must at least read."""
-    linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    return sum(spec.nbytes for linear in linears for spec in linear.spec.specs().values())
+    """Stored bytes of the packed linears in the decoder blocks: what a token must at least read besides the head."""
+    quantizer: Any = model.hf_quantizer
+    return sum(quantizer.quantization_config.layout.parts().values())
 
 
 def _check_memory(model: PreTrainedModel, name: str) -> None:

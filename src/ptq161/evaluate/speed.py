@@ -37,7 +37,7 @@ from ptq161.packing import (
 
 Call = Callable[[Tensor], object]
 
-FORMATS = ("mixed", "paper")
+FORMATS = ("mixed", "paper", "int8")
 READ = "DRAM read"
 BURST = 4
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
@@ -51,7 +51,7 @@ def bench_shape(
     """Time products of `tokens` rows of activations with a random (rows, cols) weight, on the CPU, in torch's threads.
 
     rounds: bursts of each contender for one token; long inputs get fewer, but two at least. format: "mixed" (31 % 1bit,
-    5 % 4bit, ternary; row scales only) or "paper" (20 % 4bit, 1bit; all vectors).
+    5 % 4bit, ternary; row scales only), "paper" (20 % 4bit, 1bit; all vectors) or "int8" (a head: 8bit, a row scale).
 
     Returns the command's JSON: for each number of tokens and contender median and p10 in microseconds, and from the p10
     GFLOP/s and, for packed weights, GB/s of the bytes in the file and in memory. The contract's fields follow.
@@ -97,6 +97,8 @@ def random_layout(rows: int, cols: int, format: str) -> LinearLayout:
     elif format == "mixed":
         signs, four = int(0.31 * cols) // 8 * 8, int(0.05 * cols) // 2 * 2
         counts = {"1bit": signs, "ternary": cols - signs - four, "4bit": four}
+    elif format == "int8":
+        counts = {"8bit": cols}
     else:
         raise InputError(f"unknown format {format!r}: expected one of {', '.join(FORMATS)}")
     paper = format == "paper"

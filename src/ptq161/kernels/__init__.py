@@ -5,7 +5,7 @@
 """
 
 from ptq161.kernels.cpu import kernels as cpu_kernels
-from ptq161.kernels.cpu import read_memory, tiled_linear
+from ptq161.kernels.cpu import read_memory, tiled_linear, tiled_rows
 from ptq161.kernels.ops import has_fast_kernel, linear
 from ptq161.kernels.tiles import TiledWeight, column_types, tile, untile
 
@@ -18,5 +18,6 @@ __all__ = [
     "read_memory",
     "tile",
     "tiled_linear",
+    "tiled_rows",
     "untile",
 ]

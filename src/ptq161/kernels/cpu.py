@@ -2,6 +2,7 @@
 
     ptq161::tiled_linear(x, tiles, order, col, bias, layout, exact)  ->  x @ W.T + bias     (..., cols) -> (..., rows)
     ptq161::tiled_dequantize(tiles, order, col, layout)              ->  W                  (rows, cols) float32
+    ptq161::tiled_rows(rows, tiles, layout)                          ->  W[rows]            (...) -> (..., cols) float32
 
 `layout` is a LinearLayout as integers. `exact` keeps activations in float32; otherwise they are rounded to int8 in
 blocks of 128 channels. This module alone calls the extension `_native`, and is the one place that checks what it is
@@ -22,7 +23,7 @@ from torch.nn import functional
 from ptq161.binarize import CODE_WIDTHS, reconstruct
 from ptq161.errors import InputError
 from ptq161.kernels.ops import LIBRARY, WIDTH_NAMES
-from ptq161.kernels.tiles import TiledWeight, code_bits, tile_bytes, tile_count, untile
+from ptq161.kernels.tiles import TiledWeight, chosen_rows, code_bits, tile_bytes, tile_count, untile
 from ptq161.packing import GroupLayout, LinearLayout, unpack
 
 native: ModuleType | None
@@ -39,6 +40,7 @@ LIBRARY.define(
     "tiled_linear(Tensor x, Tensor tiles, Tensor? order, Tensor? col, Tensor? bias, int[] layout, bool exact) -> Tensor"
 )
 LIBRARY.define("tiled_dequantize(Tensor tiles, Tensor? order, Tensor? col, int[] layout) -> Tensor")
+LIBRARY.define("tiled_rows(Tensor rows, Tensor tiles, int[] layout) -> Tensor")
 
 
 def kernels() -> tuple[str, ...]:
@@ -55,6 +57,15 @@ def tiled_linear(x: Tensor, weight: TiledWeight, bias: Tensor | None = None, *, 
     result: Tensor = torch.ops.ptq161.tiled_linear.default(
         x, weight.tiles, weight.order, weight.col, bias, as_integers(weight.layout), exact
     )
+    return result
+
+
+def tiled_rows(rows: Tensor, weight: TiledWeight) -> Tensor:
+    """W[rows] for row numbers of any shape: (...) -> (..., cols) float32; W has one group, and no vector but its scale.
+
+    Raises InputError for a number out of range, and for tensors whose shape, dtype or device does not fit.
+    """
+    result: Tensor = torch.ops.ptq161.tiled_rows.default(rows, weight.tiles, as_integers(weight.layout))
     return result
 
 
@@ -194,6 +205,34 @@ def _dequantize_shape(tiles: Tensor, order: Tensor | None, col: Tensor | None, l
     return tiles.new_empty((sizes.rows, sizes.cols), dtype=torch.float32)
 
 
+def _check_rows(rows: Tensor, weight: TiledWeight) -> None:
+    _check_weight(weight)
+    groups = weight.layout.groups
+    if len(groups) > 1 or groups[0].zero or groups[0].mean or groups[0].col:
+        raise InputError("ptq161::tiled_rows looks up rows of one column group that has no vector but its scale")
+    if rows.dtype not in (torch.int64, torch.int32) or rows.device != weight.tiles.device:
+        raise InputError(
+            f"ptq161::tiled_rows got row numbers as {rows.dtype} on {rows.device}; "
+            f"expected int64 or int32 on {weight.tiles.device}"
+        )
+
+
+def _rows(rows: Tensor, tiles: Tensor, layout: Sequence[int]) -> Tensor:
+    weight = TiledWeight(_layout(tuple(layout)), tiles, None, None)
+    _check_rows(rows, weight)
+    if rows.numel():
+        lowest, highest = map(int, rows.aminmax())
+        if lowest < 0 or highest >= weight.layout.rows:
+            raise InputError(f"row {lowest if lowest < 0 else highest} is out of range: there are {weight.layout.rows}")
+    return chosen_rows(weight, rows.flatten().long()).reshape(*rows.shape, weight.layout.cols)
+
+
+def _rows_shape(rows: Tensor, tiles: Tensor, layout: Sequence[int]) -> Tensor:
+    weight = TiledWeight(_layout(tuple(layout)), tiles, None, None)
+    _check_rows(rows, weight)
+    return tiles.new_empty((*rows.shape, weight.layout.cols), dtype=torch.float32)
+
+
 def _reference(
     x: Tensor,
     tiles: Tensor,
@@ -256,8 +295,10 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 LIBRARY.impl("tiled_linear", _reference, "CompositeExplicitAutograd")
 LIBRARY.impl("tiled_dequantize", _dequantize, "CompositeExplicitAutograd")
+LIBRARY.impl("tiled_rows", _rows, "CompositeExplicitAutograd")
 torch.library.register_fake("ptq161::tiled_linear", _linear_shape, lib=LIBRARY)
 torch.library.register_fake("ptq161::tiled_dequantize", _dequantize_shape, lib=LIBRARY)
+torch.library.register_fake("ptq161::tiled_rows", _rows_shape, lib=LIBRARY)
 torch.library.register_autograd("ptq161::tiled_linear", _gradient, setup_context=_save_for_gradient, lib=LIBRARY)
 if native is not None:
     _FASTEST = kernels()[0]

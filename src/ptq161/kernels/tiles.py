@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Int32, UInt8
+from jaxtyping import Float, Int32, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from ptq161.binarize import CODE_WIDTHS, CodeWidth
+from ptq161.binarize import CODE_WIDTHS, CodeWidth, ColumnGroup, group_values
 from ptq161.packing import (
     COLUMN_TYPES,
     GroupLayout,
@@ -59,8 +59,8 @@ class _Place:
 
 
 def code_bits(width: CodeWidth) -> int:
-    """Bits of a code in memory: 1, 2 or 4."""
-    return next(bits for bits in (1, 2, 4) if 2**bits >= width.count)
+    """Bits of a code in memory: 1, 2, 4 or 8."""
+    return next(bits for bits in (1, 2, 4, 8) if 2**bits >= width.count)
 
 
 def tile_count(layout: LinearLayout) -> int:
@@ -124,6 +124,19 @@ def untile(tiled: TiledWeight) -> PackedWeight:
     return PackedWeight(layout, {name: tensors[name] for name in layout.specs()})
 
 
+def chosen_rows(tiled: TiledWeight, rows: Int64[Tensor, " chosen"]) -> Float[Tensor, "chosen cols"]:
+    """These rows, float32, of a weight whose single group has no vector but its scale: what an embedding looks up."""
+    (place,) = _places(tiled.layout)
+    group, width = place.group, CODE_WIDTHS[place.group.width]
+    tile, row = rows // TILE_ROWS, rows % TILE_ROWS
+    codes = tiled.tiles[:, place.codes : place.codes + place.units * TILE_ROWS * _QUAD]
+    units = codes.unflatten(1, (place.units, TILE_ROWS, _QUAD))[tile, :, row]
+    levels = _unit_digits(units, place).float() * width.step + width.lowest
+    scales = tiled.tiles[:, place.scale : place.scale + 2 * TILE_ROWS].view(torch.float16)
+    columns = torch.arange(group.cols, device=rows.device)
+    return group_values(ColumnGroup(columns, width, levels, scales[tile, row, None].float()))
+
+
 def column_types(layout: LinearLayout, order: Int32[Tensor, " cols"]) -> UInt8[Tensor, " bytes"]:
     """The stored column types that this order was made from."""
     sizes = torch.tensor([group.cols for group in layout.groups], device=order.device)
@@ -176,9 +189,13 @@ def _to_units(digits: UInt8[Tensor, "rows gcols"], place: _Place) -> UInt8[Tenso
 def _from_units(tiles: UInt8[Tensor, "tiles bytes"], place: _Place) -> UInt8[Tensor, "rows gcols"]:
     size = place.units * TILE_ROWS * _QUAD
     units = tiles[:, place.codes : place.codes + size].reshape(-1, place.units, TILE_ROWS, _QUAD).transpose(1, 2)
+    return _unit_digits(units, place).flatten(0, 1)
+
+
+def _unit_digits(units: UInt8[Tensor, "*batch units 4"], place: _Place) -> UInt8[Tensor, "*batch gcols"]:
     mask = 2**place.bits - 1
-    digits = torch.stack([units >> place.bits * k & mask for k in range(8 // place.bits)], dim=3)
-    return digits.reshape(-1, place.units * 32 // place.bits)[:, : place.group.cols]
+    digits = torch.stack([units >> place.bits * k & mask for k in range(8 // place.bits)], dim=-2)
+    return digits.flatten(-3)[..., : place.group.cols]
 
 
 def _put(tiles: Tensor, offset: int, vector: Tensor) -> None:
