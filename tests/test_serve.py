@@ -210,12 +210,19 @@ def test_bodies_and_paths_that_make_no_sense(client):
     base = str(client.base_url)
     for content in (b"", b"{", b"[1]"):
         reply = httpx.post(f"{base}chat/completions", content=content, headers={"Content-Type": "application/json"})
-        assert (reply.status_code, reply.json()["error"]["message"]) == (
-            400,
-            "the body of the request is not a JSON object",
-        )
+        expected = "expected a JSON object, sent as Content-Type: application/json"
+        assert (reply.status_code, reply.json()["error"]["message"]) == (400, expected)
     assert httpx.get(f"{base}nothing").json()["error"]["message"] == "Not Found"
     assert httpx.post(base.replace("/v1", "/load_model"), json={"model": "gpt2"}).status_code == 404
+
+
+def test_streams_end_as_openai_ends_them(client):
+    base, body = str(client.base_url), {"messages": WHY, "prompt": "The", "max_tokens": 2, "stream": True}
+    for path, prompt in (("chat/completions", "messages"), ("completions", "prompt")):
+        sent = {key: body[key] for key in (prompt, "max_tokens", "stream")}
+        lines = httpx.post(f"{base}{path}", json=sent, timeout=60).text.split("\n\n")
+        assert lines[-2:] == ["data: [DONE]", ""]
+        assert json.loads(lines[-3].removeprefix("data: "))["usage"]["completion_tokens"] <= 2
 
 
 def test_without_a_chat_template_there_are_only_completions(packed, tokenizer):
@@ -301,20 +308,20 @@ def test_the_command(chat_folder):
     """A process of its own: says where it listens, answers, and ends with code 0 on Ctrl-C."""
     words = ["serve", chat_folder, "--port", "0", "--mode", "packed", "--activations", "float32", "--device", "cpu"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "ptq161", *words, "--json"],
+        [sys.executable, "-m", "ptq161", *words, "--name", "mine", "--json"],
         env={**os.environ, "PYTHONPATH": SOURCE},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     ready = json.loads(process.stdout.readline())
-    assert ready["model"] == "tiny-chat"
+    assert ready["model"] == "mine"
     with openai.OpenAI(base_url=ready["url"], api_key="any", max_retries=0, timeout=60) as client:
         exact = open_model(chat_folder, mode="packed", activations="float32")
-        answer = chat(client, WHY, max_tokens=9)
+        answer = client.chat.completions.create(model="mine", messages=WHY, max_tokens=9)
         assert answer.choices[0].message.content == expected(exact, WHY, max_new_tokens=9)["text"]
         with pytest.raises(openai.NotFoundError):
-            client.chat.completions.create(model="gpt", messages=WHY)
+            client.chat.completions.create(model="tiny-chat", messages=WHY)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, "")

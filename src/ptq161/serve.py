@@ -43,7 +43,8 @@ def application(served: Served) -> FastAPI:
         async def answer(body: dict[str, Any]) -> Response:
             response: Response = await handler.handle_request(body, uuid4().hex)
             if isinstance(response, StreamingResponse):
-                response.body_iterator = _with_error_objects(response.body_iterator)
+                last = "" if isinstance(handler, Responses) else "data: [DONE]\n\n"
+                response.body_iterator = _as_openai_sends(response.body_iterator, last)
             return response
 
         app.add_api_route(path, answer, methods=["POST"])
@@ -76,14 +77,15 @@ def _error(status: int, message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
-async def _with_error_objects(events: AsyncIterable[Any]) -> AsyncIterator[Any]:
-    """The events of a stream; an error in it, which transformers gives as a string, becomes an object."""
+async def _as_openai_sends(events: AsyncIterable[Any], last: str) -> AsyncIterator[Any]:
+    """The events of a stream and a last one; an error, which transformers gives as a string, becomes an object."""
     async with aclosing(aiter(events)) as open_events:  # type: ignore[type-var]
         async for event in open_events:
             before, mark, message = event.rpartition(ERROR_MARK)
             if mark:
                 event = f"{before}data: {json.dumps(_error(500, message.removesuffix(ERROR_END)))}\n\n"
             yield event
+    yield last
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -96,7 +98,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-        return reply(400, "the body of the request is not a JSON object")
+        return reply(400, "expected a JSON object, sent as Content-Type: application/json")
 
     @app.exception_handler(InputError)
     @app.exception_handler(TemplateError)

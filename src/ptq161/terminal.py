@@ -160,7 +160,11 @@ def reader(prompt: str, *, hint: str | None, silent: bool) -> Callable[[], str]:
 
     def read() -> str:
         if editing:
-            return input(prompt)
+            try:
+                return input(prompt)
+            except (EOFError, KeyboardInterrupt):
+                print()  # what comes next starts on a line of its own
+                raise
         if person:
             print(prompt, end="", file=sys.stderr, flush=True)
         try:
