@@ -88,6 +88,16 @@ def test_every_family_computes_what_its_file_holds(family, folders):
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_a_head_keeps_its_activations_whatever_the_linears_do(family, folders):
+    models = [hf.load(folders(family)[0], mode="packed", activations=a) for a in ("int8", "float32")]
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, second = (model.get_output_embeddings()(x) for model in models)
+    assert first.equal(second)
+    assert [model.model.layers[0].mlp.up_proj.exact for model in models] == [False, True]
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
 def test_each_matrix_is_stored_once_as_bytes_and_scales(family, folders, tmp_path):
     folder, _ = folders(family)
     write_packed(tmp_path / "plain", family)

@@ -42,6 +42,7 @@ class PackedEmbedding(PackedLinear):
         super().__init__(spec, device=device)
         self.num_embeddings, self.embedding_dim = spec.layout.rows, spec.layout.cols
         self.factor, self.dtype = factor, dtype
+        self.exact = True  # rounding the activations of a head costs more than it saves: docs/decisions/0010
 
     def forward(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch cols"]:
         """The tokens' rows, unpacked one by one."""

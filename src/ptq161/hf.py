@@ -130,8 +130,8 @@ def load(
     (default: as stored). mode: "packed" keeps the weights packed, and without a fast kernel unpacks them at every
     call; "dense" unpacks each once, to `nn.Linear`; "auto" is dense where the device has no fast kernel and the dense
     weights fit in half of its available memory, else packed; embedding and head as the linears, where they are int8.
-    activations: of packed weights on a CPU with native
-    kernels, "int8" (rounded in blocks of 128 channels) or "float32"; everything else computes in its dtype anyway.
+    activations: of packed linears on a CPU with native kernels, "int8" (rounded in blocks of 128 channels) or
+    "float32"; an int8 head always multiplies float32 ones, and everything else computes in its dtype anyway.
 
     Raises CheckpointError naming file and tensor if anything is missing, damaged or of another format version.
     """
@@ -149,7 +149,8 @@ def load(
     model.to(device)  # type: ignore[arg-type]
     if mode == "dense" or (mode == "auto" and _better_dense(layout, device, model.dtype)):
         model.dequantize(model.dtype)
-    for module in model.modules():
+    for name in layout.linears:
+        module = model.get_submodule(name)
         if isinstance(module, PackedLinear):
             module.exact = activations == "float32"
     return model

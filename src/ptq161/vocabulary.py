@@ -74,7 +74,9 @@ def install_packed(model: PreTrainedModel, vocabulary: Mapping[str, PackedLinear
         model.set_submodule(head_name, TiedHead(packed, head.bias))
     else:
         bias = head.bias is not None
-        model.set_submodule(head_name, PackedLinear(vocabulary[head_name], bias=bias, device="meta", dtype=dtype))
+        packed_head = PackedLinear(vocabulary[head_name], bias=bias, device="meta", dtype=dtype)
+        packed_head.exact = True
+        model.set_submodule(head_name, packed_head)
     # There is no parameter left to tie, and transformers would look for one.
     _set_ties(model, {name: source for name, source in _ties(model).items() if name != f"{head_name}.weight"})
 

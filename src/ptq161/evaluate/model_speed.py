@@ -48,7 +48,7 @@ def bench_model(
     speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for turn in range(rounds + 1):
         for name, model in models.items():
-            speed = generation_speed(model, prompt, new_tokens if turn else 2)
+            speed = _speeds(model, prompt, new_tokens if turn else 2)
             if turn:  # the first round only warms up
                 speeds[name].append(speed)
     rows: list[dict[str, Any]] = [
@@ -78,7 +78,7 @@ def bench_model(
     }
 
 
-def generation_speed(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+def _speeds(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
     """Tokens per second of the prompt, up to the first new token, and of every further one."""
     settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     seconds = []

@@ -206,10 +206,10 @@ def _dequantize_shape(tiles: Tensor, order: Tensor | None, col: Tensor | None, l
 
 
 def _check_rows(rows: Tensor, weight: TiledWeight) -> None:
-    _check_weight(weight)
     groups = weight.layout.groups
     if len(groups) > 1 or groups[0].zero or groups[0].mean or groups[0].col:
         raise InputError("ptq161::tiled_rows looks up rows of one column group that has no vector but its scale")
+    _check_weight(weight)
     if rows.dtype not in (torch.int64, torch.int32) or rows.device != weight.tiles.device:
         raise InputError(
             f"ptq161::tiled_rows got row numbers as {rows.dtype} on {rows.device}; "
