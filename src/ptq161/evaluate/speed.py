@@ -50,8 +50,8 @@ def bench_shape(
 ) -> dict[str, Any]:
     """Time products of `tokens` rows of activations with a random (rows, cols) weight, on the CPU, in torch's threads.
 
-    rounds: bursts of each contender for one token; long inputs get fewer, but two at least. format: "mixed" (31 % 1bit,
-    5 % 4bit, ternary; row scales only) or "paper" (20 % 4bit, 1bit; all vectors).
+    rounds: bursts of each contender for one token; long inputs get fewer, but two at least. format: "mixed" (46 % 1bit,
+    11 % 4bit, ternary; row scales only: 1.61 bits, divided much as `fast` divides SmolLM2-135M) or "paper" (20 % 4bit, 1bit; all vectors).
 
     Returns the command's JSON: for each number of tokens and contender median and p10 in microseconds, and from the p10
     GFLOP/s and, for packed weights, GB/s of the bytes in the file and in memory. The contract's fields follow.
@@ -95,7 +95,7 @@ def random_layout(rows: int, cols: int, format: str) -> LinearLayout:
     if format == "paper":
         counts = {"1bit": cols - int(0.198 * cols), "4bit": int(0.198 * cols)}
     elif format == "mixed":
-        signs, four = int(0.31 * cols) // 8 * 8, int(0.05 * cols) // 2 * 2
+        signs, four = int(0.46 * cols) // 8 * 8, int(0.11 * cols) // 2 * 2
         counts = {"1bit": signs, "ternary": cols - signs - four, "4bit": four}
     else:
         raise InputError(f"unknown format {format!r}: expected one of {', '.join(FORMATS)}")
