@@ -8,7 +8,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ptq161.binarize import reconstruct
-from ptq161.kernels import ReadyWeight, TiledWeight, TileMemory, column_types, cpu_kernels, linear, tile, tiled_linear, untile
+from ptq161.kernels import (
+    ReadyWeight,
+    TiledWeight,
+    TileMemory,
+    column_types,
+    cpu_kernels,
+    linear,
+    tile,
+    tiled_linear,
+    untile,
+)
 from ptq161.layout import PackedLinearSpec
 from ptq161.packing import COLUMN_TYPES, PackedWeight, unpack
 

@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from ptq161.binarize import CODE_WIDTHS, reconstruct
 from ptq161.errors import InputError
-from ptq161.kernels.ops import LIBRARY, WIDTH_NAMES
 from ptq161.kernels.native import array, kernels, native, native_layout, untile
+from ptq161.kernels.ops import LIBRARY, WIDTH_NAMES
 from ptq161.kernels.tiles import TiledWeight, tile_bytes, tile_count
 from ptq161.packing import GroupLayout, LinearLayout, unpack
 
@@ -57,7 +57,8 @@ class ReadyWeight:
     """A tiled weight for calls that come by the thousand: `linear` is `tiled_linear` with less to do at every call.
 
     What does not change is checked and worked out once, and calls that only the kernel would see go to it directly:
-    through torch's dispatcher and back into Python costs as much as a product of a small model takes (docs/decisions/0014).
+    the way through torch's dispatcher and back into Python takes longer than a small model's product
+    (docs/decisions/0014-calls-past-the-dispatcher.md).
     """
 
     def __init__(self, weight: TiledWeight) -> None:
@@ -127,7 +128,7 @@ def _only_for_the_kernel(x: Tensor, bias: Tensor | None) -> bool:
         torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.is_functorch_wrapped_tensor(x)
         or (bias is not None and torch._C._functorch.is_functorch_wrapped_tensor(bias))
-        or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        or torch._C._get_tracing_state() is not None
     )
 
 

@@ -1,8 +1,8 @@
 """Memory for tiles: one linear's behind the other's, in huge pages where the system has them.
 
-A product reads its weight once from end to end. In pages of 4 KB that costs an address translation every 4 KB; in
-pages of 2 MB it does not, and one token is a fifth faster (docs/decisions/0014). A linear alone would fill its last huge page badly,
-so linears share them.
+A product reads its weight once from end to end. In pages of 4 KB that takes an address translation every 4 KB, which
+costs a fifth of the time; in pages of 2 MB it costs nothing. A linear alone would leave much of its last page empty, so
+the linears of a model share pages.
 """
 
 import mmap
@@ -19,7 +19,7 @@ _CHUNK = 64 * 2**20  # of address space: pages take memory when they are first w
 
 
 class TileMemory:
-    """Zeroed bytes for the tiles of a model's linears. What was taken lives as long as a tensor that shares its chunk."""
+    """Zeroed bytes for the tiles of a model's linears. A chunk lives as long as any tensor in it."""
 
     def __init__(self) -> None:
         self._chunk: Tensor | None = None
