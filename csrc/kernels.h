@@ -103,6 +103,15 @@ const std::vector<const Kernel*>& available_kernels();
 // Computes the product with up to `threads` threads. Throws std::invalid_argument if `order` is not sound.
 void linear(const Kernel& kernel, const Product& product, int threads);
 
+// Stored bytes of a row of codes of a group, at `levels` levels (docs/format.md). Throws std::invalid_argument.
+int64_t stored_row_bytes(const Layout& layout, int64_t group, int levels);
+
+// Codes of one group from the stored order, [rows][stored_row_bytes], into the linear's tiles, and back without loss.
+void codes_to_tiles(const Layout& layout, int64_t group, int levels, const uint8_t* stored, uint8_t* tiles,
+                    int threads);
+void codes_from_tiles(const Layout& layout, int64_t group, int levels, const uint8_t* tiles, uint8_t* stored,
+                      int threads);
+
 // Reads memory once, as a product with nothing to compute would; returns a sum that keeps it from being left out.
 uint64_t read_memory(const uint64_t* words, int64_t count, int threads);
 

@@ -9,6 +9,7 @@ from packed import write_packed
 from ptq161.binarize import reconstruct
 from ptq161.cli import main
 from ptq161.evaluate import model_speed, speed
+from ptq161.inspection import inspect
 from ptq161.kernels import cpu_kernels
 from ptq161.packing import problems, unpack
 
@@ -80,12 +81,21 @@ def test_copies_are_four_caches_together():
 def test_a_model_is_measured(tmp_path, capsys, tokenizer):
     write_packed(tmp_path / "model", tokenizer=tokenizer)
     command = ["bench", str(tmp_path / "model"), "--rounds", "1", "--prompt-tokens", "5", "--new-tokens", "3"]
+    command += ["--prompt-tokens", "9", "--threads", "1"]
     assert main([*command, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result.keys() >= CONTRACT
-    assert [row["weights"] for row in result["measured"]] == ["packed", "float32", "bfloat16"]
-    dense = max(row["decode_tok_s"] for row in result["measured"][1:])
-    assert result["speedup"] == pytest.approx(result["decode_tok_s"] / dense)
+    rows = {(row["weights"], row["prompt_tokens"]): row for row in result["measured"]}
+    names = ["packed", "float32", "packed, rest bfloat16", "bfloat16"]
+    assert list(rows) == [(name, length) for length in (5, 9) for name in names]
+    assert all(value > 0 for row in rows.values() for key, value in row.items() if key.endswith("_tok_s"))
+    same_head = {"float32": "packed", "bfloat16": "packed, rest bfloat16"}
+    assert result["speedups"] == {
+        name: pytest.approx(rows[ours, 5]["decode_tok_s"] / rows[name, 5]["decode_tok_s"])
+        for name, ours in same_head.items()
+    }
+    assert result["speedup"] == min(result["speedups"].values())
+    assert result["load_cpu_seconds"] > 0 and result["file_bytes"] == inspect(tmp_path / "model")["file_bytes"]
     assert main([*command, "--dense", "none"]) == 0
     assert "decode tokens/s" in capsys.readouterr().out
 

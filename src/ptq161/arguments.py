@@ -162,7 +162,7 @@ def _bench_arguments(parser: _Parser) -> None:
         help="with --shape: column groups; int8: a head",
     )
     add("--rounds", type=int, metavar="N", help="turns of every contender (default 40 for a shape, 3 for a model)")
-    add("--prompt-tokens", type=int, default=128, metavar="T", help="with PATH: tokens to read first")
+    add("--prompt-tokens", type=int, action="append", metavar="T", help="with PATH: tokens to read first (default 128)")
     add("--new-tokens", type=int, default=32, metavar="T", help="with PATH: tokens to write")
     add("--dense", choices=("both", "float32", "bfloat16", "none"), default="both", help="with PATH: what against")
 

@@ -206,7 +206,7 @@ def _bench(args: Namespace) -> int:
         dense = {"both": ["float32", "bfloat16"], "none": []}.get(args.dense, [args.dense])
         result = model_speed.bench_model(
             args.path,
-            prompt_tokens=args.prompt_tokens,
+            prompt_tokens=args.prompt_tokens or [128],
             new_tokens=args.new_tokens,
             rounds=args.rounds or 3,
             dense=dense,

@@ -6,6 +6,7 @@ first, and can unpack the weights once instead of at every call.
 
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ptq161.config import unknown
 from ptq161.errors import CheckpointError, InputError
 from ptq161.folder import CONFIG, METHOD, path_problem, quantization_config
-from ptq161.kernels import has_fast_kernel
+from ptq161.kernels import TileMemory, has_fast_kernel
 from ptq161.layout import ModelLayout, PackedLinearSpec
 from ptq161.linear import PackedLinear
 from ptq161.machine import available_memory_bytes, pick_device
@@ -82,22 +83,28 @@ class PackedQuantizer(HfQuantizer):
             bias = linear.bias is not None
             model.set_submodule(name, PackedLinear(spec, bias=bias, device="meta", dtype=linear.weight.dtype))
         install_packed(model, layout.vocabulary)
-        self.file_of = _checked_headers(model, layout, checkpoint_files or ())
+        self.path_of = _checked_headers(model, layout, checkpoint_files or ())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         packed = {name: model.get_submodule(name) for name in self.quantization_config.layout.modules}
-        for name, linear in packed.items():
-            assert isinstance(linear, PackedLinear)
-            owner = packed.get(linear.spec.columns_from or "")
-            if isinstance(owner, PackedLinear):
-                linear.share_columns(owner)
-            for tensor, what in problems(linear.spec.layout, linear.packed().tensors):
-                holder = linear.spec.columns_from if tensor == COLUMN_TYPES else None
-                path = f"{holder or name}.{tensor}"
-                file = self.file_of.get(path, "the checkpoint")
-                raise CheckpointError(f"{file}: tensor {path} {what}; run `ptq161 verify`")
-        for linear in packed.values():
-            linear.tile()  # type: ignore[operator]
+        memory = TileMemory()
+        with ExitStack() as stack:
+            files = {path: stack.enter_context(_open_to_read(path)) for path in set(self.path_of.values())}
+            for name, linear in packed.items():
+                assert isinstance(linear, PackedLinear)
+                owner = packed.get(linear.spec.columns_from or "")
+                if isinstance(owner, PackedLinear):
+                    linear.share_columns(owner)
+                if files and linear.can_be_tiled:
+                    for tensor in linear.spec.specs():
+                        full = f"{name}.{tensor}"
+                        setattr(linear, tensor, files[self.path_of[full]].get_tensor(full))
+                for tensor, what in problems(linear.spec.layout, linear.packed().tensors):
+                    holder = linear.spec.columns_from if tensor == COLUMN_TYPES else None
+                    full = f"{holder or name}.{tensor}"
+                    file = os.path.basename(self.path_of.get(full, "the checkpoint"))
+                    raise CheckpointError(f"{file}: tensor {full} {what}; run `ptq161 verify`")
+                linear.tile(memory)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name in self.quantization_config.layout.linears:
@@ -212,15 +219,24 @@ def _linear_to_replace(model: PreTrainedModel, name: str, spec: PackedLinearSpec
     return linear
 
 
+def _open_to_read(path: str) -> Any:
+    """A weight file whose tensors are read into memory of their own.
+
+    transformers maps the files, and a mapping stays as long as one tensor of it is in use: the rows that were brought
+    into tiles would stay in memory with the embedding. So the mapped ones are not touched, and read anew here.
+    """
+    return safe_open(path, framework="pt", backend="pread")
+
+
 def _checked_headers(model: PreTrainedModel, layout: ModelLayout, files: Iterable[str]) -> dict[str, str]:
-    """Tensor -> file name, from the headers alone, once they fit the model.
+    """Tensor -> path of its file, from the headers alone, once they fit the model.
 
     transformers compares no shapes for a quantized model, and starts missing tensors at random with a warning.
     Raises CheckpointError.
     """
     specs, state = layout.tensor_specs(), model.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    file_of: dict[str, str] = {}
+    path_of: dict[str, str] = {}
     root = model.config.name_or_path or ""
     for path in map(str, files):
         folder = root if os.path.isdir(root) else os.path.dirname(path)
@@ -234,7 +250,7 @@ def _checked_headers(model: PreTrainedModel, layout: ModelLayout, files: Iterabl
             with safe_open(path, framework="pt") as handle:
                 headers = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
                 for name, header in headers.items():
-                    file_of[name] = file
+                    path_of[name] = path
                     shape, dtype = tuple(header.get_shape()), header.get_dtype()
                     if name in shapes and shape != shapes[name]:
                         raise CheckpointError(f"{file}: tensor {name} is {list(shape)}, expected {list(shapes[name])}")
@@ -244,7 +260,8 @@ def _checked_headers(model: PreTrainedModel, layout: ModelLayout, files: Iterabl
                         raise CheckpointError(f"{file}: tensor {name} is {dtype}, expected floating point")
         except SafetensorError as error:
             raise CheckpointError(f"{file}: is not a readable safetensors file: {error}") from error
-    missing = sorted(specs.keys() - file_of.keys()) if file_of else []
+    missing = sorted(specs.keys() - path_of.keys()) if path_of else []
     if missing:
-        raise CheckpointError(f"{next(iter(file_of.values()))}: tensor {missing[0]} is missing; run `ptq161 verify`")
-    return file_of
+        file = os.path.basename(next(iter(path_of.values())))
+        raise CheckpointError(f"{file}: tensor {missing[0]} is missing; run `ptq161 verify`")
+    return path_of

@@ -8,7 +8,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ptq161.binarize import reconstruct
-from ptq161.kernels import TiledWeight, column_types, cpu_kernels, linear, tile, tiled_linear, untile
+from ptq161.kernels import (
+    ReadyWeight,
+    TiledWeight,
+    TileMemory,
+    column_types,
+    cpu_kernels,
+    linear,
+    tile,
+    tiled_linear,
+    untile,
+)
 from ptq161.layout import PackedLinearSpec
 from ptq161.packing import COLUMN_TYPES, PackedWeight, unpack
 
@@ -45,6 +55,7 @@ class PackedLinear(nn.Module):
         self.exact = False
         # In a tuple, so that the owner does not become a submodule of this linear.
         self._columns_owner: tuple[PackedLinear, ...] = ()
+        self._ready: ReadyWeight | None = None
 
     @classmethod
     def of(cls, packed: PackedWeight, bias: Tensor | None = None) -> "PackedLinear":
@@ -63,17 +74,24 @@ class PackedLinear(nn.Module):
         """Whether the weight is in the order of the CPU kernels."""
         return "tiles" in self._buffers
 
-    def tile(self) -> "PackedLinear":
+    @property
+    def can_be_tiled(self) -> bool:
+        """Whether `tile` would do something: the weight is on a CPU with native kernels, in the stored order."""
+        return not self.is_tiled and bool(cpu_kernels()) and next(self.buffers()).device.type == "cpu"
+
+    def tile(self, memory: TileMemory | None = None) -> "PackedLinear":
         """Bring the weight into the order of the CPU kernels, once, in place of the stored one; returns self.
+
+        memory: where the linears of a model lie one behind the other; memory of its own if there is none.
 
         Does nothing where that would not help: on another device, or without native kernels.
         """
-        if self.is_tiled or not cpu_kernels() or next(self.buffers()).device.type != "cpu":
+        if not self.can_be_tiled:
             return self
-        tiled = tile(self.packed())
+        tiled = tile(self.packed(), memory)
         order = tiled.order
         for owner in self._columns_owner:
-            order = owner.tile().get_buffer("order")
+            order = owner.tile(memory).get_buffer("order")
         self._replace_buffers({"tiles": tiled.tiles, "order": order, "col": tiled.col}, persistent=False)
         return self
 
@@ -97,8 +115,10 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch cols"]) -> Float[Tensor, "*batch rows"]:
         """Multiply by the packed weight; the result is in x's dtype."""
-        if self.is_tiled:
-            return tiled_linear(x, self._tiled(), self.bias, exact=self.exact)
+        if "tiles" in self._buffers:
+            if torch.compiler.is_compiling():
+                return tiled_linear(x, self._tiled(), self.bias, exact=self.exact)
+            return self._ready_weight().linear(x, self.bias, exact=self.exact)
         return linear(x, self.packed(), self.bias)
 
     def extra_repr(self) -> str:
@@ -112,6 +132,17 @@ class PackedLinear(nn.Module):
         tiles = buffers["tiles"]
         assert tiles is not None
         return TiledWeight(self.spec.layout, tiles, buffers["order"], buffers["col"])
+
+    def _ready_weight(self) -> ReadyWeight:
+        """The tiles made ready for products; made anew when the module was given other tensors."""
+        ready, buffers = self._ready, self._buffers
+        if ready is None or any(getattr(ready.weight, name) is not buffers[name] for name in ("tiles", "order", "col")):
+            ready = self._ready = ReadyWeight(self._tiled())
+        return ready
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Of copies and pickles: what is native stays here, and the copy makes its own.
+        return self.__dict__ | {"_ready": None}
 
     def _column_types(self) -> Tensor:
         if self.is_tiled:

@@ -375,15 +375,21 @@ def show_shape_speed(out: Console, result: Mapping[str, Any]) -> None:
 
 def show_model_speed(out: Console, result: Mapping[str, Any]) -> None:
     """A whole model: one row per contender."""
-    table = numbers_table("weights", "prefill tokens/s", "decode tokens/s")
+    table = numbers_table("weights", "prompt", "prefill tokens/s", "decode tokens/s", "by CPU time: prefill", "decode")
     for row in result["measured"]:
-        table.add_row(row["weights"], f"{row['prefill_tok_s']:.1f}", f"{row['decode_tok_s']:.1f}")
-    sizes = f"{result['prompt_tokens']} prompt and {result['new_tokens']} new tokens"
-    out.print(f"{result['model']}, {_where(result)}, {sizes}")
+        keys = ("prefill_tok_s", "decode_tok_s", "prefill_cpu_tok_s", "decode_cpu_tok_s")
+        numbers = (optional(row[key], ".1f") for key in keys)
+        table.add_row(row["weights"], str(row["prompt_tokens"]), *numbers)
+    out.print(f"{result['model']}, {_where(result)}, {result['new_tokens']} new tokens after each prompt")
     out.print(table)
-    memory = "" if result["resident_bytes"] is None else f", {size(result['resident_bytes'])} resident"
-    out.print(f"loaded in {duration(result['load_seconds'])}{memory}; packed linears: {size(result['weight_bytes'])}")
-    _show_speedup(out, result)
+    file = result["file_bytes"]
+    resident, peak = (result[key] for key in ("resident_bytes", "load_peak_bytes"))
+    memory = "" if resident is None else f"; {size(resident)} resident ({resident / file:.2f} of the file)"
+    highest = "" if peak is None else f", {peak / file:.2f} at the highest while loading"
+    seconds, linears = duration(result["load_seconds"]), size(result["weight_bytes"])
+    out.print(f"loaded in {seconds}{memory}{highest}; packed linears: {linears}")
+    for name, speedup in result["speedups"].items():
+        out.print(f"packed decodes {speedup:.1f} times as fast as {name} with the same head")
 
 
 def _where(result: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@
     ptq161::tiled_rows(rows, tiles, layout)                          ->  W[rows]            (...) -> (..., cols) float32
 
 `layout` is a LinearLayout as integers. `exact` keeps activations in float32; otherwise they are rounded to int8 in
-blocks of 128 channels. This module alone calls the extension `_native`, and is the one place that checks what it is
+blocks of 128 channels. This module is the one place that checks what the ops are
 given: addresses and sizes go to C++, which checks the sizes once more and knows nothing of tensors.
 
 Where the extension is not built the ops compute through the reference, and nothing makes tiles by itself.
@@ -13,7 +13,6 @@ Where the extension is not built the ops compute through the reference, and noth
 
 from collections.abc import Sequence
 from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,17 +21,10 @@ from torch.nn import functional
 
 from ptq161.binarize import CODE_WIDTHS, reconstruct
 from ptq161.errors import InputError
+from ptq161.kernels.native import array, kernels, native, native_layout, untile
 from ptq161.kernels.ops import LIBRARY, WIDTH_NAMES
-from ptq161.kernels.tiles import TiledWeight, chosen_rows, code_bits, tile_bytes, tile_count, untile
+from ptq161.kernels.tiles import TiledWeight, chosen_rows, tile_bytes, tile_count
 from ptq161.packing import GroupLayout, LinearLayout, unpack
-
-native: ModuleType | None
-try:
-    from ptq161.kernels import _native as native  # type: ignore[attr-defined,no-redef,unused-ignore]
-except ImportError as error:
-    if error.name is not None and error.name != "ptq161.kernels":
-        raise  # it is there and broken
-    native = None
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -41,11 +33,6 @@ LIBRARY.define(
 )
 LIBRARY.define("tiled_dequantize(Tensor tiles, Tensor? order, Tensor? col, int[] layout) -> Tensor")
 LIBRARY.define("tiled_rows(Tensor rows, Tensor tiles, int[] layout) -> Tensor")
-
-
-def kernels() -> tuple[str, ...]:
-    """The native kernels that run here, fastest first; empty if the extension is not built."""
-    return () if native is None else tuple(native.kernels())
 
 
 def tiled_linear(x: Tensor, weight: TiledWeight, bias: Tensor | None = None, *, exact: bool = False) -> Tensor:
@@ -77,30 +64,64 @@ def as_integers(layout: LinearLayout) -> list[int]:
     return values
 
 
+class ReadyWeight:
+    """A tiled weight for calls that come by the thousand: `linear` is `tiled_linear` with less to do at every call.
+
+    What does not change is checked and worked out once, and calls that only the kernel would see go to it directly:
+    the way through torch's dispatcher and back into Python takes longer than a small model's product
+    (docs/decisions/0014-calls-past-the-dispatcher.md).
+    """
+
+    def __init__(self, weight: TiledWeight) -> None:
+        """Raises InputError for tensors whose shape, dtype or device does not fit."""
+        _check_weight(weight)
+        self.weight = weight
+        self._cols, self._integers = weight.layout.cols, as_integers(weight.layout)
+        self._native = None if native is None else native_layout(weight.layout)
+
+    def linear(self, x: Tensor, bias: Tensor | None, *, exact: bool) -> Tensor:
+        """x @ W.T + bias, as `tiled_linear`."""
+        weight = self.weight
+        if self._native is None or not _only_for_the_kernel(x, bias):
+            arguments = (weight.tiles, weight.order, weight.col, bias, self._integers, exact)
+            result: Tensor = torch.ops.ptq161.tiled_linear.default(x, *arguments)
+            return result
+        if bias is not None or x.ndim == 0 or x.shape[-1] != self._cols or not _are_as_they_were(weight):
+            _check(x, weight, bias)
+        return _product(self._native, x, weight, bias, exact, _FASTEST, torch.get_num_threads())
+
+
 def run_kernel(
     x: Tensor, weight: TiledWeight, bias: Tensor | None, *, exact: bool, kernel: str, threads: int
 ) -> Tensor:
     """The product by one kernel of `kernels()`, for x in float32, bfloat16 or float16. Raises InputError."""
-    assert native is not None
-    layout = weight.layout
     _check(x, weight, bias)
     if x.dtype not in _TYPES:
         raise InputError(f"a native kernel got x as {x.dtype}; expected float32, bfloat16 or float16")
+    return _product(native_layout(weight.layout), x, weight, bias, exact, kernel, threads)
+
+
+def _product(
+    layout: Any, x: Tensor, weight: TiledWeight, bias: Tensor | None, exact: bool, kernel: str, threads: int
+) -> Tensor:
+    """Of what was checked: addresses and sizes go to C++."""
+    assert native is not None
     x = x.contiguous()
     if bias is not None:
         bias = (bias if bias.dtype in _TYPES else bias.float()).contiguous()
-    y = x.new_empty((*x.shape[:-1], layout.rows))
+    shape = x.shape
+    y = x.new_empty((*shape[:-1], weight.layout.rows))
     native.linear(
-        _native_layout(layout),
+        layout,
         kernel,
-        x.numel() // layout.cols,
+        shape[:-1].numel(),
         _TYPES[x.dtype],
         (x.data_ptr(), x.numel()),
         (y.data_ptr(), y.numel()),
         (weight.tiles.data_ptr(), weight.tiles.numel()),
-        _array(weight.order),
-        _array(weight.col),
-        _array(bias),
+        array(weight.order),
+        array(weight.col),
+        array(bias),
         0 if bias is None else _TYPES[bias.dtype],
         exact,
         threads,
@@ -108,15 +129,28 @@ def run_kernel(
     return y
 
 
-def read_memory(words: Tensor, threads: int) -> int:
-    """Sum of int64 words modulo 2**64, read once by `threads` threads: what a product without arithmetic would cost."""
-    assert native is not None and words.dtype == torch.int64 and words.is_contiguous()
-    total: int = native.read_memory((words.data_ptr(), words.numel()), threads)
-    return total
+def _only_for_the_kernel(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing else wants to see the product: no gradient, tracer, mode or kind of tensor."""
+    if type(x) is not Tensor or x.dtype not in _TYPES or not x.is_cpu:
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return False
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or (bias is not None and torch._C._functorch.is_functorch_wrapped_tensor(bias))
+        or torch._C._get_tracing_state() is not None
+    )
 
 
-def _array(tensor: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.numel())
+def _are_as_they_were(weight: TiledWeight) -> bool:
+    """Of tensors checked before, what their `.data` could have changed, but for the sizes, which C++ checks anyway."""
+    order, col = weight.order, weight.col
+    return (
+        weight.tiles.is_contiguous()
+        and (order is None or (order.dtype is torch.int32 and order.is_contiguous()))
+        and (col is None or (col.dtype is torch.float16 and col.is_contiguous()))
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -132,21 +166,6 @@ def _layout(values: tuple[int, ...]) -> LinearLayout:
         zero, mean, col = map(bool, flags)
         groups.append(GroupLayout(WIDTH_NAMES[count], cols, zero=zero, mean=mean, col=col))
     return LinearLayout(rows, tuple(groups))
-
-
-@lru_cache(maxsize=4096)
-def _native_layout(layout: LinearLayout) -> Any:
-    assert native is not None
-    groups = []
-    for group in layout.groups:
-        width = CODE_WIDTHS[group.width]
-        groups.append((code_bits(width), group.cols, width.lowest, width.step, group.zero, group.mean))
-    try:
-        made = native.Layout(layout.rows, groups)
-    except ValueError as error:
-        raise InputError(f"a linear of {layout.rows} x {layout.cols} is too large: {error}") from error
-    assert (made.tiles, made.tile_bytes) == (tile_count(layout), tile_bytes(layout))
-    return made
 
 
 @lru_cache(maxsize=4096)

@@ -5,7 +5,7 @@ the tile, [row][4 bytes]; column 4 * k + j of a unit is in byte j at bit bits * 
 this order: csrc/kernels.h. What a tile has beyond the rows and columns of the weight is zero.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +28,9 @@ from ptq161.packing import (
 TILE_ROWS = 32
 _QUAD = 4  # columns that lie side by side, one to a byte
 _CHUNK = 1 << 24  # weights that are unpacked to a byte each at once
+
+WriteCodes = Callable[[LinearLayout, int, Tensor, Tensor], None]
+ReadCodes = Callable[[LinearLayout, int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -73,18 +76,37 @@ def tile_bytes(layout: LinearLayout) -> int:
     return -(-_places(layout)[-1].end // 64) * 64
 
 
-def tile(packed: PackedWeight) -> TiledWeight:
-    """Bring a stored weight into tiles. A single group needs no order: its columns are in natural order."""
+def write_codes(layout: LinearLayout, index: int, codes: UInt8[Tensor, "rows bytes"], tiles: Tensor) -> None:
+    """Write the stored codes of group `index` into the tiles. The definition of what csrc/tiles.cpp does."""
+    place = _places(layout)[index]
+    width = _digits(CODE_WIDTHS[place.group.width])
+    for first, last in _chunks(layout):
+        digits = unpack_codes(codes[first * TILE_ROWS : last * TILE_ROWS], place.group.cols, width).to(torch.uint8)
+        tiles[first:last, place.codes : place.codes + place.units * TILE_ROWS * _QUAD] = _to_units(digits, place)
+
+
+def read_codes(layout: LinearLayout, index: int, tiles: Tensor) -> UInt8[Tensor, "rows bytes"]:
+    """Inverse of `write_codes`."""
+    place = _places(layout)[index]
+    parts = []
+    for first, last in _chunks(layout):
+        digits = _from_units(tiles[first:last], place)[: layout.rows - first * TILE_ROWS]
+        parts.append(pack_codes(digits, _digits(CODE_WIDTHS[place.group.width])))
+    return torch.cat(parts)
+
+
+def tile(packed: PackedWeight, write_codes: WriteCodes = write_codes, tiles: Tensor | None = None) -> TiledWeight:
+    """Bring a stored weight into tiles. A single group needs no order: its columns are in natural order.
+
+    tiles: zeros to be written, of the shape that `tile_count` and `tile_bytes` say; made if there are none.
+    """
     layout, tensors = packed.layout, packed.tensors
-    tiles = tensors["weight"].new_zeros((tile_count(layout), tile_bytes(layout)))
+    if tiles is None:
+        tiles = tensors["weight"].new_zeros((tile_count(layout), tile_bytes(layout)))
     cols = []
     for index, place in enumerate(_places(layout)):
         group, width = place.group, CODE_WIDTHS[place.group.width]
-        codes = tensors[codes_name(index)]
-        for first, last in _chunks(layout):
-            rows = slice(first * TILE_ROWS, last * TILE_ROWS)
-            digits = unpack_codes(codes[rows], group.cols, _digits(width)).to(torch.uint8)
-            tiles[first:last, place.codes : place.codes + place.units * TILE_ROWS * _QUAD] = _to_units(digits, place)
+        write_codes(layout, index, tensors[codes_name(index)], tiles)
         _put(tiles, place.scale, tensors[f"scale_{index}"])
         if group.mean:
             _put(tiles, place.mean, tensors[f"mean_{index}"])
@@ -99,17 +121,13 @@ def tile(packed: PackedWeight) -> TiledWeight:
     return TiledWeight(layout, tiles, order, torch.cat(cols) if any(group.col for group in layout.groups) else None)
 
 
-def untile(tiled: TiledWeight) -> PackedWeight:
+def untile(tiled: TiledWeight, read_codes: ReadCodes = read_codes) -> PackedWeight:
     """Inverse of `tile`: exactly the stored tensors."""
     layout, tiles = tiled.layout, tiled.tiles
     tensors, start = {}, 0
     for index, place in enumerate(_places(layout)):
         group, width = place.group, CODE_WIDTHS[place.group.width]
-        parts = []
-        for first, last in _chunks(layout):
-            digits = _from_units(tiles[first:last], place)[: layout.rows - first * TILE_ROWS]
-            parts.append(pack_codes(digits, _digits(width)))
-        tensors[codes_name(index)] = torch.cat(parts)
+        tensors[codes_name(index)] = read_codes(layout, index, tiles)
         tensors[f"scale_{index}"] = _get(tiles, place.scale, torch.float16, layout.rows)
         if group.mean:
             tensors[f"mean_{index}"] = _get(tiles, place.mean, torch.float16, layout.rows)
