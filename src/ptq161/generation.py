@@ -84,6 +84,11 @@ def _settings(
 ) -> GenerationConfig:
     defaults = model.generation_config
     end = tokenizer.eos_token_id if defaults is None or defaults.eos_token_id is None else defaults.eos_token_id
+    ends = end if isinstance(end, list) else [end]
+    _check(
+        all(index is None or (type(index) is int and 0 <= index < 2**31) for index in ends),
+        f"eos_token_id={end!r} of the model's generation_config.json: expected a token id or a list of them",
+    )
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,

@@ -6,33 +6,40 @@ first, and can unpack the weights once instead of at every call.
 
 import os
 from collections.abc import Iterable
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ptq161.config import unknown
+from ptq161.contents import headers_for
 from ptq161.errors import CheckpointError, InputError
-from ptq161.folder import CONFIG, METHOD, path_problem, quantization_config
+from ptq161.folder import CONFIG, METHOD, quantization_config
+from ptq161.foreign import complaints, config_problem
 from ptq161.kernels import has_fast_kernel
 from ptq161.layout import ModelLayout, PackedLinearSpec
 from ptq161.linear import PackedLinear
 from ptq161.machine import available_memory_bytes, pick_device
 from ptq161.packing import COLUMN_TYPES, problems
 from ptq161.saving import save_packed
-from ptq161.verify import folder_problems
+from ptq161.verify import Problem, folder_problems
 
 __all__ = ["PackedConfig", "PackedQuantizer", "is_packed", "load", "save_packed"]
 
 MODES = ("auto", "packed", "dense")
 ACTIVATIONS = ("int8", "float32")
-HEADER_DTYPES = {"U8": torch.uint8, "F16": torch.float16}  # the only ones that a packed linear stores
+
+
+class Checked(StrEnum):
+    """Who has checked the folder already. No JSON reads as a member of it, so no config.json can claim it."""
+
+    BY_LOAD = "by ptq161.load"
 
 
 @register_quantization_config(METHOD)
@@ -48,6 +55,7 @@ class PackedConfig(QuantizationConfigMixin):
         bits_per_weight: float | None = None,
         ptq161_version: str | None = None,
         provenance: dict[str, Any] | None = None,
+        checked: object = None,
         **layout: Any,
     ) -> None:
         # Of what else is there, `checksums` is left out on purpose: transformers writes this object when it saves the
@@ -58,6 +66,11 @@ class PackedConfig(QuantizationConfigMixin):
         self.bits_per_weight = bits_per_weight
         self.ptq161_version = ptq161_version
         self.provenance = provenance
+        self.checked = checked is Checked.BY_LOAD
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it goes into a config.json that is saved anew."""
+        return {key: value for key, value in super().to_dict().items() if key != "checked"}
 
     @property
     def layout(self) -> ModelLayout:
@@ -72,15 +85,29 @@ class PackedQuantizer(HfQuantizer):
     quantization_config: PackedConfig
     requires_calibration = True  # a model is quantized by `ptq161 quantize`, never while it loads
 
+    def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Refuse absurd sizes. Of what transformers calls here, this alone sees the config before a model is built."""
+        if refused := config_problem(config.to_dict()):
+            raise CheckpointError(f"{CONFIG}: {refused}")
+        return config
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
     ) -> None:
-        layout = self.quantization_config.layout
+        layout, files = self.quantization_config.layout, [Path(file) for file in checkpoint_files or ()]
+        given = str(model.config.name_or_path)
+        local = os.path.isdir(given)
+        folder = Path(given) if local else files[0].parent if files else None
+        if folder is not None and not self.quantization_config.checked:
+            _refuse(folder, folder_problems(folder, partial=not local))
         for name, spec in layout.linears.items():
             linear = _linear_to_replace(model, name, spec)
             bias = linear.bias is not None
             model.set_submodule(name, PackedLinear(spec, bias=bias, device="meta", dtype=linear.weight.dtype))
-        self.file_of = _checked_headers(model, layout, checkpoint_files or ())
+        for file in files:
+            if file.parent != folder:
+                raise CheckpointError(f"{file}: is not a file of {folder}")
+        self.file_of = headers_for(model, layout, files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         packed = {name: model.get_submodule(name) for name in self.quantization_config.layout.linears}
@@ -136,10 +163,7 @@ def load(
     if activations not in ACTIVATIONS:
         raise InputError(unknown("activations", activations, ACTIVATIONS))
     folder, device = Path(path), pick_device(str(device))
-    found = folder_problems(folder)
-    if found:
-        more = f" (and {len(found) - 1} more problems, see `ptq161 verify`)" if len(found) > 1 else ""
-        raise CheckpointError(f"cannot load {folder}: {found[0]}{more}")
+    _refuse(folder, folder_problems(folder))
     layout = ModelLayout.from_dict(quantization_config(folder))
     model = _from_pretrained(folder, dtype)
     model.to(device)  # type: ignore[arg-type]
@@ -160,21 +184,25 @@ def is_packed(path: str | Path) -> bool:
     return True
 
 
+def _refuse(folder: Path, found: list[Problem]) -> None:
+    if found:
+        more = f" (and {len(found) - 1} more problems, see `ptq161 verify`)" if len(found) > 1 else ""
+        raise CheckpointError(f"cannot load {folder}: {found[0]}{more}")
+
+
 def _from_pretrained(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    loaded: Any
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+    trusting_nothing: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    with complaints(f"{folder / CONFIG}: transformers cannot build this model", CheckpointError):
+        config = AutoConfig.from_pretrained(folder, **trusting_nothing)
+        config.quantization_config["checked"] = Checked.BY_LOAD
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype or "auto",
             use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
             output_loading_info=True,
+            **trusting_nothing,
         )
-    except CheckpointError:
-        raise
-    except (KeyError, OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: transformers cannot build this model: {error}") from error
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys"):
         for tensor in sorted(info[kind]):
@@ -204,38 +232,3 @@ def _linear_to_replace(model: PreTrainedModel, name: str, spec: PackedLinearSpec
             f"{found} there; load it as the class that config.json names under architectures"
         )
     return linear
-
-
-def _checked_headers(model: PreTrainedModel, layout: ModelLayout, files: Iterable[str]) -> dict[str, str]:
-    """Tensor -> file name, from the headers alone, once they fit the model.
-
-    transformers compares no shapes for a quantized model, and starts missing tensors at random with a warning.
-    Raises CheckpointError.
-    """
-    specs, shapes = layout.tensor_specs(), {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    file_of: dict[str, str] = {}
-    root = model.config.name_or_path or ""
-    for path in map(str, files):
-        folder = root if os.path.isdir(root) else os.path.dirname(path)
-        file = os.path.relpath(path, folder)
-        refused = path_problem(Path(folder), file)
-        if refused is None and not file.endswith(".safetensors"):
-            refused = "is not safetensors; packed weights are read from no other kind of file"
-        if refused is not None:
-            raise CheckpointError(f"{file}: {refused}")
-        try:
-            with safe_open(path, framework="pt") as handle:
-                headers = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-                for name, header in headers.items():
-                    file_of[name] = file
-                    shape, dtype = tuple(header.get_shape()), header.get_dtype()
-                    if name in shapes and shape != shapes[name]:
-                        raise CheckpointError(f"{file}: tensor {name} is {list(shape)}, expected {list(shapes[name])}")
-                    if name in specs and HEADER_DTYPES.get(dtype) != specs[name].dtype:
-                        raise CheckpointError(f"{file}: tensor {name} is {dtype}, expected {specs[name].dtype}")
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: is not a readable safetensors file: {error}") from error
-    missing = sorted(specs.keys() - file_of.keys()) if file_of else []
-    if missing:
-        raise CheckpointError(f"{next(iter(file_of.values()))}: tensor {missing[0]} is missing; run `ptq161 verify`")
-    return file_of

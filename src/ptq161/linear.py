@@ -70,6 +70,8 @@ class PackedLinear(nn.Module):
         """
         if self.is_tiled or not cpu_kernels() or next(self.buffers()).device.type != "cpu":
             return self
+        if self.bias is not None and self.bias.data_ptr() % self.bias.element_size():
+            self.bias.data = self.bias.data.clone()  # mapped from a file whose header ends at an odd byte
         tiled = tile(self.packed())
         order = tiled.order
         for owner in self._columns_owner:
