@@ -95,12 +95,44 @@ def install(model: PreTrainedModel, layout: ModelLayout, packed: Mapping[str, Te
     return model
 
 
+def mixed_linears(
+    model: PreTrainedModel, keep: Callable[[str], bool] = lambda name: True
+) -> tuple[ModelLayout, dict[str, Tensor]]:
+    """As `quantize_linears`, in the mixed format: random 1-bit, ternary and 4-bit codes, the model's weights unread."""
+    specs: dict[str, PackedLinearSpec] = {}
+    packed: dict[str, Tensor] = {}
+    for name, linear in model.named_modules():
+        if not isinstance(linear, nn.Linear) or ".layers." not in name or not keep(name):
+            continue
+        cols = linear.in_features
+        sizes = {"1bit": cols // 4, "ternary": cols - cols // 4 - cols // 8, "4bit": cols // 8}
+        weight = pack(random_groups(linear.out_features, sizes, seed=cols))
+        parent, _, leaf = name.rpartition(".")
+        owner = f"{parent}.{OWNERS[leaf]}" if leaf in OWNERS else None
+        specs[name] = PackedLinearSpec(weight.layout, owner)
+        packed |= {f"{name}.{tensor}": weight.tensors[tensor] for tensor in specs[name].specs()}
+    return ModelLayout(specs), packed
+
+
 def write_packed(
-    folder: Path, family: str = "llama", *, dtype: torch.dtype | None = None, tokenizer=None, int8_head=False, **options
+    folder: Path,
+    family: str = "llama",
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer=None,
+    mixed=False,
+    layers: int | None = None,
+    int8_head=False,
+    **options,
 ):
     """Save a packed tiny model and return the dense reconstruction it must equal, in float32."""
-    model = build(FAMILIES[family]())
-    layout, packed = quantize_linears(model)
+    config = FAMILIES[family]()
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    model = build(config)
+    layout, packed = mixed_linears(model) if mixed else quantize_linears(model)
     if int8_head:
         layout = replace(layout, vocabulary=vocabulary_specs(model))
         packed |= pack_vocabulary(model, layout.vocabulary)

@@ -91,6 +91,7 @@ def _eval(args: Namespace) -> int:
     with terminal.quiet_libraries(debug=args.debug):
         for source in args.ppl:
             data.parse_source(source)
+        record = _recorded(Path(args.path)) if is_packed(args.path) else ({}, {})
         model, tokenizer = _open(args)
         if args.bos and tokenizer.bos_token_id is None:
             raise InputError(f"--bos: the tokenizer of {args.path} has no BOS token; leave --bos out")
@@ -113,7 +114,7 @@ def _eval(args: Namespace) -> int:
         "peak_rss_bytes": machine.peak_rss_bytes(),
     }
     if args.out is not None:
-        _append_row(args, result, sizes)
+        _append_row(args, result, sizes, record)
     return _print(args, result, lambda out: terminal.show_evaluated(out, result))
 
 
@@ -275,12 +276,32 @@ def _weight_bytes(path: str) -> int | None:
     return sum(file.stat().st_size for file in files) if files else None
 
 
-def _append_row(args: Namespace, result: Mapping[str, Any], sizes: Mapping[str, Any] | None) -> None:
+def _recorded(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings and the calibration that a packed checkpoint's run.json names; empty where it has none."""
+    from ptq161.folder import RUN, read_json
+
+    if not (folder / RUN).exists():
+        return {}, {}
+    run = read_json(folder, RUN)
+    config, calibration = run.get("config", {}), run.get("calibration", {})
+    sources = calibration.get("sources", []) if isinstance(calibration, dict) else None
+    if not isinstance(config, dict) or not isinstance(sources, list) or not all(isinstance(s, str) for s in sources):
+        raise InputError(
+            f"{folder / RUN} is not a record of ptq161 quantize; move it away, and the row goes without it"
+        )
+    return config, calibration
+
+
+def _append_row(
+    args: Namespace,
+    result: Mapping[str, Any],
+    sizes: Mapping[str, Any] | None,
+    record: tuple[dict[str, Any], dict[str, Any]],
+) -> None:
     """Append one row of results.jsonl; what is not known of the model is null."""
     import torch
 
-    run = {} if sizes is None else json.loads((Path(args.path) / "run.json").read_text(encoding="utf-8"))
-    config, calibration = run.get("config", {}), run.get("calibration", {})
+    config, calibration = record
     texts = calibration.get("sources", [])
     row = {
         "schema": 1,
@@ -290,7 +311,7 @@ def _append_row(args: Namespace, result: Mapping[str, Any], sizes: Mapping[str, 
         "preprocessing": None,
         "config": config or None,
         # Of a mix, only the sum is recorded.
-        "calib": {text: calibration["tokens"] if len(texts) == 1 else None for text in texts} or None,
+        "calib": {text: calibration.get("tokens") if len(texts) == 1 else None for text in texts} or None,
         "bits_per_weight": result["bits_per_weight"],
         "claimed_bits": None if sizes is None else sizes["paper_bits"],
         "file_bytes": _weight_bytes(args.path) if sizes is None else sizes["file_bytes"],

@@ -4,17 +4,18 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptq161.errors import CheckpointError
-from ptq161.folder import MAX_JSON_BYTES, path_problem
+from ptq161.folder import CONFIG, path_problem
 from ptq161.layout import ModelLayout
 from ptq161.packing import TensorSpec
 
@@ -34,6 +35,8 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+MAX_TABLE_BYTES = 2**28
 
 
 def stored_tensors(model: PreTrainedModel, layout: ModelLayout, dtype: torch.dtype | None) -> dict[str, TensorSpec]:
@@ -106,28 +109,62 @@ class StoredTensor:
 def read_header(file: Path) -> tuple[dict[str, StoredTensor], int]:
     """The tensors of a safetensors file and the bytes in front of their data, without reading the data.
 
-    Raises CheckpointError for a link out of its folder, a header that makes no sense, or a file of another length.
+    Raises CheckpointError for a link out of its folder, another kind of file, a header that makes no sense, or a file
+    of another length than its header says.
     """
     refused = path_problem(file.parent, file.name)
+    if refused is None and file.suffix != ".safetensors":
+        refused = "is not safetensors; packed weights are read from no other kind of file"
     if refused is not None:
         raise CheckpointError(f"{file}: {refused}")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        text = stream.read(length) if length <= min(size, MAX_JSON_BYTES) else b""
+    tensors = {}
     try:
-        entries = json.loads(text)
-        entries.pop("__metadata__", None)
-        tensors = {name: _entry(entry) for name, entry in entries.items()}
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: is not a readable safetensors file; run `ptq161 verify`") from error
-    start = 8 + length
-    expected = start + sum(tensor.nbytes for tensor in tensors.values())
-    if size != expected:
-        raise CheckpointError(f"{file}: has {size} bytes, its header makes {expected}; run `ptq161 verify`")
-    return tensors, start
+        with safe_open(file, framework="pt") as handle:  # checks lengths, offsets and shapes against each other
+            for name in handle.keys():  # noqa: SIM118
+                header = handle.get_slice(name)
+                dtype, shape = header.get_dtype(), tuple(header.get_shape())
+                if dtype not in TORCH_DTYPES:
+                    raise CheckpointError(
+                        f"{file}: tensor {name} is {dtype}, expected one of {', '.join(TORCH_DTYPES)}"
+                    )
+                tensors[name] = StoredTensor(dtype, shape, prod(shape) * TORCH_DTYPES[dtype].itemsize)
+        return tensors, file.stat().st_size - sum(tensor.nbytes for tensor in tensors.values())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: is not a readable safetensors file: {error}; run `ptq161 verify`") from error
 
 
-def _entry(entry: Mapping[str, Any]) -> StoredTensor:
-    begin, end = map(int, entry["data_offsets"])
-    return StoredTensor(str(entry["dtype"]), tuple(map(int, entry["shape"])), end - begin)
+def headers_for(model: PreTrainedModel, layout: ModelLayout, files: Iterable[Path]) -> dict[str, Path]:
+    """Tensor -> its file, once these files hold exactly the tensors of an empty packed model, by their headers alone.
+
+    transformers compares no shapes for a quantized model, starts missing tensors at random, and leaves out what it does
+    not know. Raises CheckpointError.
+    """
+    state, packed = model.state_dict(), layout.tensor_specs()
+    file_of: dict[str, Path] = {}
+    for file in files:
+        for name, found in read_header(file)[0].items():
+            if name in file_of:
+                raise CheckpointError(f"{file}: tensor {name} is in {file_of[name].name}, too")
+            file_of[name] = file
+            if name not in state:
+                raise CheckpointError(f"{file}: tensor {name} does not belong to this model")
+            expected, stored = state[name], TORCH_DTYPES[found.dtype]
+            if found.shape != tuple(expected.shape):
+                raise CheckpointError(f"{file}: tensor {name} is {found}, expected {list(expected.shape)}")
+            exact = name in packed or not expected.is_floating_point()
+            if stored != expected.dtype if exact else not stored.is_floating_point:
+                raise CheckpointError(f"{file}: tensor {name} is {found}, expected {expected.dtype}")
+    ties = model.all_tied_weights_keys
+    there = file_of.keys() | {name for pair in ties.items() if not file_of.keys().isdisjoint(pair) for name in pair}
+    there |= set(model._keys_to_ignore_on_save or ())
+    for name in sorted(state.keys() - there if file_of else ()):
+        raise CheckpointError(f"{next(iter(file_of.values())).name}: tensor {name} is missing; run `ptq161 verify`")
+    _check_buffers(model, state)
+    return file_of
+
+
+def _check_buffers(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+    """Refuse tables that the model computes for itself, such as rotary frequencies, if they are of absurd size."""
+    for name, buffer in model.named_buffers():
+        if name not in state and buffer.nbytes > MAX_TABLE_BYTES:
+            raise CheckpointError(f"{CONFIG}: makes {name} a table of {buffer.nbytes} bytes, more than any model has")

@@ -113,6 +113,10 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     defaults = model.generation_config
     named = None if defaults is None else defaults.eos_token_id
     ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    _check(
+        all(type(index) is int and 0 <= index < 2**31 for index in ends),
+        f"eos_token_id={named!r} of the model's generation_config.json: expected a token id or a list of them",
+    )
     return sorted(ends) or None
 
 

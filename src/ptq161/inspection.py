@@ -18,6 +18,7 @@ from ptq161.contents import StoredTensor, header_bytes, into_shards, read_header
 from ptq161.discovery import block_linears, config_shapes, decoder_blocks
 from ptq161.errors import CheckpointError, InputError
 from ptq161.folder import CONFIG, quantization_config
+from ptq161.foreign import complaints
 from ptq161.hf import is_packed
 from ptq161.layout import ModelLayout, PackedLinearSpec
 from ptq161.packing import LinearLayout
@@ -165,7 +166,10 @@ def _layers(layout: ModelLayout) -> list[dict[str, Any]]:
 
 
 def _empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"):
+    with (
+        complaints(f"transformers cannot build the {config.model_type} model of this configuration"),
+        torch.device("meta"),
+    ):
         model = AutoModelForCausalLM.from_config(config)
     assert isinstance(model, PreTrainedModel)
     return model

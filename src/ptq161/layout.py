@@ -168,7 +168,7 @@ def _positive(value: Any, name: str) -> int:
 
 def _spec(entry: Mapping[str, Any], layouts: list[LinearLayout]) -> PackedLinearSpec:
     index, owner = entry["layout"], entry["columns_from"]
-    if not isinstance(index, int) or index < 0 or not (owner is None or isinstance(owner, str)):
+    if type(index) is not int or index < 0 or not (owner is None or isinstance(owner, str)):
         raise ValueError(f"linear entry {dict(entry)!r}")
     return PackedLinearSpec(layouts[index], owner)
 

@@ -88,6 +88,8 @@ class PackedLinear(nn.Module):
         """
         if not self.can_be_tiled:
             return self
+        if self.bias is not None and self.bias.data_ptr() % self.bias.element_size():
+            self.bias.data = self.bias.data.clone()  # mapped from a file whose header ends at an odd byte
         tiled = tile(self.packed(), memory)
         order = tiled.order
         for owner in self._columns_owner:

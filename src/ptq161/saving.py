@@ -96,6 +96,8 @@ def _packed_config(
     for part in (config, *nested):
         if hasattr(part, "quantization_config"):
             del part.quantization_config  # a GGUF's or another source's: those weights are not in this folder
+        if hasattr(part, "auto_map"):
+            del part.auto_map  # it names code files, which are not in this folder either
         part.dtype = dtype
     config.architectures = [type(model).__name__]
     config.quantization_config = {

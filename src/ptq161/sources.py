@@ -1,18 +1,14 @@
 """Open any MODEL: a hub name, a Hugging Face folder, a `.gguf` file, or a packed checkpoint of ours."""
 
 import re
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -27,25 +23,11 @@ from transformers.utils import logging
 
 from ptq161.config import unknown
 from ptq161.errors import InputError, UnsupportedModel
+from ptq161.foreign import complaints, config_problem
 from ptq161.hf import MODES, is_packed, load
 from ptq161.hub import hub_reachable
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-
-# What the loaders of transformers, gguf and safetensors were seen to raise on files that are damaged or unsupported.
-_LOADING_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
 
 
 @dataclass(frozen=True)
@@ -153,6 +135,8 @@ def _locate(path: str | Path) -> _Location:
 
 def _config(location: _Location) -> PreTrainedConfig:
     with _loading("configuration", location):
+        if refused := config_problem(PreTrainedConfig.get_config_dict(location.name, **location.keywords)[0]):
+            raise InputError(f"the configuration of {location.given} {refused}")
         config: PreTrainedConfig = AutoConfig.from_pretrained(location.name, **location.keywords)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModel(
@@ -209,16 +193,11 @@ def _tokenizer(location: _Location, config: PreTrainedConfig) -> PreTrainedToken
 @contextmanager
 def _loading(part: str, location: _Location) -> Iterator[None]:
     """Turns whatever transformers raises inside into one line that names the model and the part."""
-    try:
-        with _quiet(bars=not location.local_only):
-            yield
-    except _LOADING_ERRORS as error:
-        reason = shorten(str(error), 200, placeholder=" ...") or type(error).__name__
-        if location.name == location.given and not Path(location.given).exists():
-            raise InputError(
-                f"{location.given} is neither a local folder or file nor a model from the Hugging Face hub: {reason}"
-            ) from error
-        raise InputError(f"cannot load the {part} of {location.given}: {reason}") from error
+    what = f"cannot load the {part} of {location.given}"
+    if location.name == location.given and not Path(location.given).exists():
+        what = f"{location.given} is neither a local folder or file nor a model from the Hugging Face hub"
+    with complaints(what), _quiet(bars=not location.local_only):
+        yield
 
 
 @contextmanager
