@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from ptq161.allocation import MIXED_WIDTHS
 from ptq161.binarize import CODE_WIDTHS, TERNARY, nearest_level, reconstruct, stored
 from ptq161.blocks import BlockCall, BlockTask, second_moments, watch_inputs
 from ptq161.compensation import compensated_weight, damped, drift_correction, inverse_factor
@@ -18,7 +19,8 @@ from ptq161.fit import measure
 from ptq161.methods.mixed import mixed
 from ptq161.mixed import best_scale, group_columns, mixed_weight
 
-SUBSETS = [names for count in (1, 2, 3) for names in itertools.combinations(CODE_WIDTHS, count)]
+NAMES = tuple(width.name for width in MIXED_WIDTHS)
+SUBSETS = [names for count in (1, 2, 3) for names in itertools.combinations(NAMES, count)]
 
 
 def output_error(weight, quantized, moments):
@@ -166,7 +168,7 @@ def test_output_error_is_never_above_that_of_plain_rounding(seed, rows, cols, na
 def test_same_input_gives_the_same_bytes():
     generator = torch.Generator().manual_seed(0)
     weight, moments = torch.randn(8, 60, generator=generator), damped(correlated_moments(60, 99, generator), 99)
-    widths = even_widths(tuple(CODE_WIDTHS), 60)
+    widths = even_widths(NAMES, 60)
     columns = group_columns(moments.diagonal(), widths)
     before = weight.clone(), moments.clone()
     first, second = (compensated_weight(weight, columns, widths, moments) for _ in range(2))
@@ -197,7 +199,7 @@ def test_float32_is_enough_for_channels_of_very_unlike_energy():
     weight, moments = torch.randn(16, 200, generator=generator), damped(inputs.T @ inputs, 10**9)
     factor, exact = inverse_factor(moments), inverse_factor(moments.double())
     torch.testing.assert_close(factor.diagonal().double(), exact.diagonal(), rtol=1e-2, atol=0)
-    widths = even_widths(tuple(CODE_WIDTHS), 200)
+    widths = even_widths(NAMES, 200)
     columns = group_columns(moments.diagonal(), widths)
     compensated = compensated_weight(weight, columns, widths, moments).quantized()
     plain = mixed_weight(weight, columns, widths, moments.diagonal())
