@@ -68,7 +68,7 @@ THIRD_PARTY = {
     "packing": "torch jaxtyping",
     "fit": "torch jaxtyping",
     "methods": "torch jaxtyping",
-    "kernels": "torch jaxtyping",
+    "kernels": "torch jaxtyping triton",
     "linear": "torch jaxtyping",
     "blocks": "torch jaxtyping",
     "discovery": "torch jaxtyping transformers",

@@ -147,7 +147,9 @@ def load(
         model.dequantize(model.dtype)
     for module in model.modules():
         if isinstance(module, PackedLinear):
-            module.exact = activations == "float32"
+            module.tile().exact = (
+                activations == "float32"
+            )  # after a move: a GPU may have kernels where the CPU has none
     return model
 
 

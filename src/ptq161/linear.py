@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ptq161.binarize import reconstruct
-from ptq161.kernels import TiledWeight, column_types, cpu_kernels, linear, tile, tiled_linear, untile
+from ptq161.kernels import TiledWeight, column_types, has_tiled_kernel, linear, tile, tiled_linear, untile
 from ptq161.layout import PackedLinearSpec
 from ptq161.packing import COLUMN_TYPES, PackedWeight, unpack
 
@@ -20,12 +20,12 @@ class PackedLinear(nn.Module):
     their dtypes whatever the module is cast to: only the bias follows `module.to(dtype)`. A linear that shares the
     column types of another (`spec.columns_from`) stores none; `share_columns` points it to their owner.
 
-    Built empty, to be filled by `load_state_dict`, or from a packed weight by `of`. On a CPU with native kernels,
-    `tile` then exchanges the buffers for the order that these read (kernels/tiles.py), which makes products fast and
-    takes the place of the stored order, not room beside it. State dicts, copies and moves to another device see the
-    stored tensors all the same.
+    Built empty, to be filled by `load_state_dict`, or from a packed weight by `of`. Where there are kernels (a CPU with
+    native ones, a GPU with Triton), `tile` then exchanges the buffers for the order that these read (kernels/tiles.py),
+    which makes products fast and takes the place of the stored order, not room beside it. State dicts, copies and moves
+    to a device without kernels see the stored tensors all the same.
 
-    `exact` (only with tiles): activations stay float32 instead of int8 in blocks of 128 channels.
+    `exact` (only with tiles, only on a CPU): activations stay float32 instead of int8 in blocks of 128 channels.
     """
 
     def __init__(
@@ -60,15 +60,15 @@ class PackedLinear(nn.Module):
 
     @property
     def is_tiled(self) -> bool:
-        """Whether the weight is in the order of the CPU kernels."""
+        """Whether the weight is in the order of the kernels."""
         return "tiles" in self._buffers
 
     def tile(self) -> "PackedLinear":
-        """Bring the weight into the order of the CPU kernels, once, in place of the stored one; returns self.
+        """Bring the weight into the order of the kernels, once, in place of the stored one; returns self.
 
-        Does nothing where that would not help: on another device, or without native kernels.
+        Does nothing where that would not help: on a device without such kernels.
         """
-        if self.is_tiled or not cpu_kernels() or next(self.buffers()).device.type != "cpu":
+        if self.is_tiled or not has_tiled_kernel(next(self.buffers()).device):
             return self
         tiled = tile(self.packed())
         order = tiled.order
@@ -104,7 +104,8 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and code widths for `print(model)`."""
         groups = ", ".join(f"{group.cols} x {group.width}" for group in self.spec.layout.groups)
-        activations = ", activations=" + ("float32" if self.exact else "int8") if self.is_tiled else ""
+        rounded = self.is_tiled and self.get_buffer("tiles").device.type == "cpu"
+        activations = ", activations=" + ("float32" if self.exact else "int8") if rounded else ""
         return f"in_features={self.in_features}, out_features={self.out_features}, columns=({groups}){activations}"
 
     def _tiled(self) -> TiledWeight:
@@ -141,7 +142,7 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         # Behind .to(), .half(), .cuda() and the like: take the packed tensors along to a device, never to a dtype.
-        if self.is_tiled and fn(torch.empty(0)).device.type != "cpu":
+        if self.is_tiled and not has_tiled_kernel(fn(torch.empty(0)).device):
             self._untile()
         packed = {id(buffer) for buffer in self._buffers.values()}
 
