@@ -78,7 +78,7 @@ THIRD_PARTY = {
     "packing": "torch jaxtyping",
     "fit": "torch jaxtyping",
     "methods": "torch jaxtyping",
-    "kernels": "torch jaxtyping",
+    "kernels": "torch jaxtyping triton",
     "linear": "torch jaxtyping",
     "embedding": "torch jaxtyping",
     "blocks": "torch jaxtyping",

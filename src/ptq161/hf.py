@@ -184,7 +184,8 @@ def load(
     for name in layout.linears:
         module = model.get_submodule(name)
         if isinstance(module, PackedLinear):
-            module.exact = activations == "float32"
+            # Tiled after a move: a GPU may have kernels where the CPU has none.
+            module.tile().exact = activations == "float32"
     return model
 
 

@@ -13,7 +13,7 @@ from ptq161.kernels import (
     TiledWeight,
     TileMemory,
     column_types,
-    cpu_kernels,
+    has_tiled_kernel,
     linear,
     tile,
     tiled_linear,
@@ -30,12 +30,12 @@ class PackedLinear(nn.Module):
     their dtypes whatever the module is cast to: only the bias follows `module.to(dtype)`. A linear that shares the
     column types of another (`spec.columns_from`) stores none; `share_columns` points it to their owner.
 
-    Built empty, to be filled by `load_state_dict`, or from a packed weight by `of`. On a CPU with native kernels,
-    `tile` then exchanges the buffers for the order that these read (kernels/tiles.py), which makes products fast and
-    takes the place of the stored order, not room beside it. State dicts, copies and moves to another device see the
-    stored tensors all the same.
+    Built empty, to be filled by `load_state_dict`, or from a packed weight by `of`. Where there are kernels (a CPU with
+    native ones, a GPU with Triton), `tile` then exchanges the buffers for the order that these read (kernels/tiles.py),
+    which makes products fast and takes the place of the stored order, not room beside it. State dicts, copies and moves
+    to a device without kernels see the stored tensors all the same.
 
-    `exact` (only with tiles): activations stay float32 instead of int8 in blocks of 128 channels.
+    `exact` (only with tiles, only on a CPU): activations stay float32 instead of int8 in blocks of 128 channels.
     """
 
     def __init__(
@@ -71,20 +71,20 @@ class PackedLinear(nn.Module):
 
     @property
     def is_tiled(self) -> bool:
-        """Whether the weight is in the order of the CPU kernels."""
+        """Whether the weight is in the order of the kernels."""
         return "tiles" in self._buffers
 
     @property
     def can_be_tiled(self) -> bool:
-        """Whether `tile` would do something: the weight is on a CPU with native kernels, in the stored order."""
-        return not self.is_tiled and bool(cpu_kernels()) and next(self.buffers()).device.type == "cpu"
+        """Whether `tile` would do something: the weight is in the stored order, on a device with kernels for tiles."""
+        return not self.is_tiled and has_tiled_kernel(next(self.buffers()).device)
 
     def tile(self, memory: TileMemory | None = None) -> "PackedLinear":
-        """Bring the weight into the order of the CPU kernels, once, in place of the stored one; returns self.
+        """Bring the weight into the order of the kernels, once, in place of the stored one; returns self.
 
         memory: where the linears of a model lie one behind the other; memory of its own if there is none.
 
-        Does nothing where that would not help: on another device, or without native kernels.
+        Does nothing where that would not help: on a device without such kernels.
         """
         if not self.can_be_tiled:
             return self
@@ -126,7 +126,8 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and code widths for `print(model)`."""
         groups = ", ".join(f"{group.cols} x {group.width}" for group in self.spec.layout.groups)
-        activations = ", activations=" + ("float32" if self.exact else "int8") if self.is_tiled else ""
+        rounded = self.is_tiled and self.get_buffer("tiles").device.type == "cpu"
+        activations = ", activations=" + ("float32" if self.exact else "int8") if rounded else ""
         return f"in_features={self.in_features}, out_features={self.out_features}, columns=({groups}){activations}"
 
     def _tiled(self) -> TiledWeight:
@@ -174,7 +175,7 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         # Behind .to(), .half(), .cuda() and the like: take the packed tensors along to a device, never to a dtype.
-        if self.is_tiled and fn(torch.empty(0)).device.type != "cpu":
+        if self.is_tiled and not has_tiled_kernel(fn(torch.empty(0)).device):
             self._untile()
         packed = {id(buffer) for buffer in self._buffers.values()}
 

@@ -8,7 +8,8 @@
 blocks of 128 channels. This module is the one place that checks what the ops are
 given: addresses and sizes go to C++, which checks the sizes once more and knows nothing of tensors.
 
-Where the extension is not built the ops compute through the reference, and nothing makes tiles by itself.
+Where the extension is not built the ops compute through the reference, and nothing makes tiles by itself. The ops'
+kernels for GPUs are in gpu.py.
 """
 
 from collections.abc import Sequence
@@ -87,7 +88,7 @@ class ReadyWeight:
             result: Tensor = torch.ops.ptq161.tiled_linear.default(x, *arguments)
             return result
         if bias is not None or x.ndim == 0 or x.shape[-1] != self._cols or not _are_as_they_were(weight):
-            _check(x, weight, bias)
+            check(x, weight, bias)
         return _product(self._native, x, weight, bias, exact, _FASTEST, torch.get_num_threads())
 
 
@@ -95,7 +96,7 @@ def run_kernel(
     x: Tensor, weight: TiledWeight, bias: Tensor | None, *, exact: bool, kernel: str, threads: int
 ) -> Tensor:
     """The product by one kernel of `kernels()`, for x in float32, bfloat16 or float16. Raises InputError."""
-    _check(x, weight, bias)
+    check(x, weight, bias)
     if x.dtype not in _TYPES:
         raise InputError(f"a native kernel got x as {x.dtype}; expected float32, bfloat16 or float16")
     return _product(native_layout(weight.layout), x, weight, bias, exact, kernel, threads)
@@ -153,6 +154,11 @@ def _are_as_they_were(weight: TiledWeight) -> bool:
     )
 
 
+def from_integers(values: Sequence[int]) -> LinearLayout:
+    """Inverse of `as_integers`. Raises InputError for integers that describe no layout."""
+    return _layout(tuple(values))
+
+
 @lru_cache(maxsize=4096)
 def _layout(values: tuple[int, ...]) -> LinearLayout:
     rows, *rest = values or (0,)
@@ -175,9 +181,10 @@ def _sizes(layout: LinearLayout) -> tuple[int, tuple[int, int], bool, bool]:
     return layout.cols, shape, len(layout.groups) > 1, any(group.col for group in layout.groups)
 
 
-def _check(x: Tensor, weight: TiledWeight, bias: Tensor | None) -> None:
+def check(x: Tensor, weight: TiledWeight, bias: Tensor | None) -> None:
+    """Raises InputError for tensors whose shape, dtype or device does not fit."""
     cols, device = weight.layout.cols, weight.tiles.device
-    _check_weight(weight)
+    check_weight(weight)
     if not x.is_floating_point() or x.ndim == 0 or x.shape[-1] != cols or x.device != device:
         raise InputError(
             f"ptq161::tiled_linear got x as {x.dtype}{list(x.shape)} on {x.device}; "
@@ -191,7 +198,8 @@ def _check(x: Tensor, weight: TiledWeight, bias: Tensor | None) -> None:
         )
 
 
-def _check_weight(weight: TiledWeight) -> None:
+def check_weight(weight: TiledWeight) -> None:
+    """Raises InputError for tensors that do not form a weight of their layout."""
     cols, shape, ordered, scaled = _sizes(weight.layout)
     _check_tensor("tiles", weight.tiles, torch.uint8, shape, weight.tiles.device)
     for name, tensor, dtype, needed in (
@@ -214,13 +222,13 @@ def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[in
 
 
 def _dequantize(tiles: Tensor, order: Tensor | None, col: Tensor | None, layout: Sequence[int]) -> Tensor:
-    weight = TiledWeight(_layout(tuple(layout)), tiles, order, col)
-    _check_weight(weight)
+    weight = TiledWeight(from_integers(layout), tiles, order, col)
+    check_weight(weight)
     return reconstruct(unpack(untile(weight)))
 
 
 def _dequantize_shape(tiles: Tensor, order: Tensor | None, col: Tensor | None, layout: Sequence[int]) -> Tensor:
-    sizes = _layout(tuple(layout))
+    sizes = from_integers(layout)
     return tiles.new_empty((sizes.rows, sizes.cols), dtype=torch.float32)
 
 
@@ -252,7 +260,7 @@ def _rows_shape(rows: Tensor, tiles: Tensor, layout: Sequence[int]) -> Tensor:
     return tiles.new_empty((*rows.shape, weight.layout.cols), dtype=torch.float32)
 
 
-def _reference(
+def reference(
     x: Tensor,
     tiles: Tensor,
     order: Tensor | None,
@@ -261,7 +269,8 @@ def _reference(
     layout: Sequence[int],
     exact: bool,
 ) -> Tensor:
-    _check(x, TiledWeight(_layout(tuple(layout)), tiles, order, col), bias)
+    """The op on every device: the stored tensors are brought back and unpacked, and torch multiplies."""
+    check(x, TiledWeight(from_integers(layout), tiles, order, col), bias)
     weight = _dequantize(tiles, order, col, layout).to(x.dtype)
     return functional.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(x.dtype)
 
@@ -276,8 +285,8 @@ def _native_linear(
     exact: bool,
 ) -> Tensor:
     if x.dtype == torch.float64:  # nothing native computes in it
-        return _reference(x, tiles, order, col, bias, layout, exact)
-    weight = TiledWeight(_layout(tuple(layout)), tiles, order, col)
+        return reference(x, tiles, order, col, bias, layout, exact)
+    weight = TiledWeight(from_integers(layout), tiles, order, col)
     threads = torch.get_num_threads()
     return run_kernel(x, weight, bias, exact=exact, kernel=_FASTEST, threads=threads)
 
@@ -291,8 +300,8 @@ def _linear_shape(
     layout: Sequence[int],
     exact: bool,
 ) -> Tensor:
-    weight = TiledWeight(_layout(tuple(layout)), tiles, order, col)
-    _check(x, weight, bias)
+    weight = TiledWeight(from_integers(layout), tiles, order, col)
+    check(x, weight, bias)
     return x.new_empty((*x.shape[:-1], weight.layout.rows))
 
 
@@ -312,7 +321,7 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, None, None, None, grad_bias, None, None
 
 
-LIBRARY.impl("tiled_linear", _reference, "CompositeExplicitAutograd")
+LIBRARY.impl("tiled_linear", reference, "CompositeExplicitAutograd")
 LIBRARY.impl("tiled_dequantize", _dequantize, "CompositeExplicitAutograd")
 LIBRARY.impl("tiled_rows", _rows, "CompositeExplicitAutograd")
 torch.library.register_fake("ptq161::tiled_linear", _linear_shape, lib=LIBRARY)

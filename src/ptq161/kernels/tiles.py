@@ -7,6 +7,7 @@ this order: csrc/kernels.h. What a tile has beyond the rows and columns of the w
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int32, Int64, UInt8
@@ -74,6 +75,12 @@ def tile_count(layout: LinearLayout) -> int:
 def tile_bytes(layout: LinearLayout) -> int:
     """Bytes of one tile, a multiple of 64."""
     return -(-_places(layout)[-1].end // 64) * 64
+
+
+@lru_cache(maxsize=4096)
+def group_offsets(layout: LinearLayout) -> tuple[tuple[int, int], ...]:
+    """Byte offsets of each group's codes and of its row vectors in a tile."""
+    return tuple((place.codes, place.scale) for place in _places(layout))
 
 
 def write_codes(layout: LinearLayout, index: int, codes: UInt8[Tensor, "rows bytes"], tiles: Tensor) -> None:
