@@ -75,7 +75,7 @@ class ReadyWeight:
 
     def __init__(self, weight: TiledWeight) -> None:
         """Raises InputError for tensors whose shape, dtype or device does not fit."""
-        _check_weight(weight)
+        check_weight(weight)
         self.weight = weight
         self._cols, self._integers = weight.layout.cols, as_integers(weight.layout)
         self._native = None if native is None else native_layout(weight.layout)
@@ -236,7 +236,7 @@ def _check_rows(rows: Tensor, weight: TiledWeight) -> None:
     groups = weight.layout.groups
     if len(groups) > 1 or groups[0].zero or groups[0].mean or groups[0].col:
         raise InputError("ptq161::tiled_rows looks up rows of one column group that has no vector but its scale")
-    _check_weight(weight)
+    check_weight(weight)
     if rows.dtype not in (torch.int64, torch.int32) or rows.device != weight.tiles.device:
         raise InputError(
             f"ptq161::tiled_rows got row numbers as {rows.dtype} on {rows.device}; "
