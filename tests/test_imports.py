@@ -30,6 +30,7 @@ ALLOWED = {
     "fit": "latent blocks binarize config machine",
     "methods": "fit compensation mixed latent blocks binarize config",  # never linear, never kernels
     "walk": "methods fit latent sensitivity allocation discovery blocks budget layout packing binarize config",
+    "baselines": "methods discovery blocks",
     "student": "fit latent config",
     "distill": "student fit config",
     # running packed models
@@ -84,6 +85,7 @@ THIRD_PARTY = {
     "blocks": "torch jaxtyping",
     "discovery": "torch jaxtyping transformers",
     "walk": "torch jaxtyping transformers",
+    "baselines": "torch jaxtyping transformers",
 }
 
 

@@ -27,7 +27,7 @@ from ptq161.hf import save_packed
 from ptq161.inspection import inspect, predict
 from ptq161.layout import PackedLinearSpec
 from ptq161.machine import free_memory_bytes, peak_rss_bytes, pick_device
-from ptq161.methods import METHODS
+from ptq161.methods import BASELINES, METHODS
 from ptq161.sources import DenseModel, open_dense
 from ptq161.student import memory_bytes, student_of
 from ptq161.vocabulary import pack_vocabulary, vocabulary_specs
@@ -284,6 +284,10 @@ def settings(
     if seed is not None:
         values["seed"] = seed
     config = chosen.quant.replaced(values)
+    if config.method in BASELINES:
+        raise InputError(
+            f"method {config.method} has no packed format, it is there to compare with; give {' or '.join(METHODS)}"
+        )
     if config.method not in METHODS:
         raise InputError(unknown("method", config.method, METHODS))
     if config.distill is Distill.REQUIRED and config.method != "mixed":
