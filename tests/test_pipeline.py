@@ -155,7 +155,7 @@ def test_last_loss_is_that_of_the_factors_in_the_file(finished, source, calibrat
     stored = ptq161.load(out, mode="dense")
     _, blocks = decoder_blocks(original)
     _, stored_blocks = decoder_blocks(stored)
-    calls = trace(original, blocks, tokens, device).calls
+    calls = trace(original, blocks, tokens).calls
     full = quantized = first_hidden(original, blocks, tokens)
     for block, stored_block, call, record in zip(blocks, stored_blocks, calls, result["blocks"], strict=True):
         full, local = advance(block, call, full, device), advance(block, call, quantized, device)

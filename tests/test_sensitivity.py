@@ -25,7 +25,7 @@ def tiny(family="llama"):
     """(frozen model, linears of its blocks by full name, their shapes)"""
     model = build(FAMILIES[family]()).requires_grad_(False)
     prefix, blocks = decoder_blocks(model)
-    shapes = linear_shapes(model, prefix, blocks, trace(model, blocks, SAMPLES, CPU))
+    shapes = linear_shapes(model, prefix, blocks, trace(model, blocks, SAMPLES))
     return model, {name: model.get_submodule(name) for name in shapes}, shapes
 
 

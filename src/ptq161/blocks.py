@@ -14,14 +14,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ptq161.errors import NonFiniteError, UnsupportedModel
+from ptq161.space import Space
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """How the model calls one block: everything but the hidden states, as recorded for a single sample."""
+    """How the model calls one block: everything but the hidden states, as recorded for a single sample.
+
+    returns: how many things the block returns in a tuple, the hidden states first; 0 for the hidden states alone.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    returns: int = 0
 
     def __call__(
         self,
@@ -40,7 +45,11 @@ class BlockCall:
 
     def to(self, device: torch.device) -> "BlockCall":
         """A copy with its tensors on `device`."""
-        return BlockCall(tensors_to(self.args, device), tensors_to(self.kwargs, device))
+        return BlockCall(tensors_to(self.args, device), tensors_to(self.kwargs, device), self.returns)
+
+    def returned(self, hidden: Tensor) -> Any:
+        """Hidden states in the form in which the block returns them, nothing beside them."""
+        return (hidden, *[None] * (self.returns - 1)) if self.returns else hidden
 
 
 @dataclass
@@ -77,6 +86,7 @@ class BlockTask:
     local_out: the original block on the quantized stream, F(X_q, W).
     stats: input statistics of each linear over the full-precision stream.
     widths: linear -> code width and number of channels of each of its column groups, as the budget has it.
+    space: where the method's own stream goes.
     """
 
     index: int
@@ -89,6 +99,7 @@ class BlockTask:
     call: BlockCall
     stats: dict[str, InputStats]
     widths: dict[str, tuple[tuple[str, int], ...]]
+    space: Space = Space()
 
     def sample(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """(quantized_in, full_out, local_out) of one sample, each (1, seq, hidden), on the block's device."""
@@ -113,12 +124,12 @@ def advance(
     call: BlockCall,
     stream: Float[Tensor, "samples seq hidden"],
     device: torch.device,
-    weights: Mapping[str, Tensor] | None = None,
+    out: Float[Tensor, "samples seq hidden"] | None = None,
 ) -> Float[Tensor, "samples seq hidden"]:
-    """Run a whole stream through a block, sample by sample; the result lies where the stream lies."""
-    out = torch.empty_like(stream)
+    """Run a whole stream through a block, sample by sample, into `out`, which may be the stream itself."""
+    out = torch.empty_like(stream) if out is None else out
     for index, sample in enumerate(stream):
-        out[index] = call(block, sample[None].to(device), weights)[0]
+        out[index] = call(block, sample[None].to(device))[0]
     return out
 
 
