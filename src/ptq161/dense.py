@@ -57,7 +57,7 @@ class DenseModel:
     """A model that can be quantized.
 
     skeleton: the model with every parameter on meta, in the dtype of its weight; it never computes itself.
-    weights: name in the skeleton's state dict -> tensor, read anew each time it is asked for.
+    weights: name in the skeleton's state dict -> tensor, read anew each time it is asked for; not to be written to.
     dtype: what most weights are stored in (a GGUF: float32, as it is read).
     resident: all weights are in memory anyway.
     """

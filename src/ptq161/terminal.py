@@ -95,6 +95,9 @@ class QuantizeMeter(_Meter):
         """Show one report; without a terminal, a line for each finished block and each tenth of the distillation."""
         if progress.phase == "distill":
             return self._distill(progress)
+        if progress.phase == "measure":
+            done, total = progress.step, progress.steps
+            return self.show(f"measuring what widths are worth {done}/{total}", done / total, duration(progress.seconds))
         if self.began_at is None:
             self.began_at = progress.block  # not `first` when an interrupted run is continued
         finished = progress.phase == "save"
