@@ -121,7 +121,9 @@ def test_damaged_shards_are_named(damage, sharded):
         if damage == "missing":
             index = folder / "model.safetensors.index.json"
             index.write_text(index.read_text().replace("model.norm.weight", "something"))
-    with pytest.raises(InputError, match="lacks model.norm" if damage == "missing" else "model.norm|cannot load") as error:
+    with pytest.raises(
+        InputError, match="lacks model.norm" if damage == "missing" else "model.norm|cannot load"
+    ) as error:
         open_dense(folder)
     assert "\n" not in str(error.value)
 

@@ -30,7 +30,8 @@ ALLOWED = {
     "sensitivity": "dense discovery blocks space mixed binarize budget",
     "fit": "latent blocks binarize config machine",
     "methods": "fit mixed latent blocks binarize config",  # never linear, never kernels
-    "walk": "methods fit latent sensitivity allocation dense discovery blocks space budget layout packing binarize config",
+    "walk": "methods fit latent sensitivity allocation dense discovery blocks space budget layout packing binarize "
+    "config",
     "distill": "fit latent config",
     # running packed models
     "kernels": "packing binarize",
@@ -54,7 +55,8 @@ ALLOWED = {
     "tuning": "distill walk dense discovery blocks checkpoint machine config",
     "preflight": "tuning walk config",
     "records": "walk folder config",
-    "pipeline": "walk tuning preflight records methods dense space checkpoint hf inspection sources data config machine",
+    "pipeline": "walk tuning preflight records methods dense space checkpoint hf inspection sources data config "
+    "machine",
     "report": "",
     "arguments": "config",
     "terminal": "walk machine",

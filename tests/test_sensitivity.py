@@ -16,7 +16,7 @@ from ptq161.discovery import decoder_blocks, first_hidden, linear_shapes, trace,
 from ptq161.errors import NonFiniteError
 from ptq161.mixed import best_scale
 from ptq161.sensitivity import Squares, column_harm, measure_squares, shared_harms
-from ptq161.space import Space
+from ptq161.space import MEMORY, Space
 
 CPU = torch.device("cpu")
 SAMPLES = torch.randint(4, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -40,7 +40,7 @@ class Case:
         self.linears = {name: self.model.get_submodule(name) for name in self.shapes}
         self.hidden = first_hidden(self.model, blocks, SAMPLES)
 
-    def squares(self, names=None, samples=SAMPLES, space=Space()):
+    def squares(self, names=None, samples=SAMPLES, space=MEMORY):
         """Linear -> Squares, of the streamed pass."""
         found = {}
         arguments = (self.calls, names or self.shapes, self.hidden.clone(), samples, generator(), CPU, space)

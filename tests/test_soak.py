@@ -27,10 +27,9 @@ def model(tmp_path):
 
 def run_in_process(folder, out, preamble=""):
     """The command in a process of its own; `preamble` runs first."""
-    script = (
-        f"{preamble}\nimport torch\ntorch.set_num_threads(1)\nfrom ptq161.cli import main\n"
-        f"import sys; sys.exit(main({['quantize', str(folder / 'model'), str(out), *ARGUMENTS, str(folder / 'text.txt')]!r}))"
-    )
+    arguments = ["quantize", str(folder / "model"), str(out), *ARGUMENTS, str(folder / "text.txt")]
+    imports = "import sys, torch\ntorch.set_num_threads(1)\nfrom ptq161.cli import main"
+    script = f"{preamble}\n{imports}\nsys.exit(main({arguments!r}))"
     environment = {**os.environ, "PYTHONPATH": str(Path(ptq161.__file__).parents[1])}
     return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
 

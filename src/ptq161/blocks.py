@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ptq161.errors import NonFiniteError, UnsupportedModel
-from ptq161.space import Space
+from ptq161.space import MEMORY, Space
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class BlockTask:
     call: BlockCall
     stats: dict[str, InputStats]
     widths: dict[str, tuple[tuple[str, int], ...]]
-    space: Space = Space()
+    space: Space = MEMORY
 
     def sample(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """(quantized_in, full_out, local_out) of one sample, each (1, seq, hidden), on the block's device."""

@@ -1,7 +1,7 @@
 """A dense model whose weights are read when they are needed: modules on meta, tensors in files or in memory.
 
-What computes is always a copy of some modules, filled with weights of their own (`block`, `outside`, `whole`), which its
-user drops. Buffers that are in no checkpoint, such as rotary frequencies, are those of the model's own constructor.
+What computes is always a copy of some modules, filled with their weights (`block`, `outside`, `whole`), which its user
+drops. Buffers that are in no checkpoint, such as rotary frequencies, are those of the model's own constructor.
 """
 
 import copy
@@ -98,7 +98,7 @@ class DenseModel:
         return self._filled(self.blocks[index], f"{self.prefix}.{index}.", lambda name: True)
 
     def outside(self, *, head: bool) -> PreTrainedModel:
-        """A copy of the model with all weights but those of the decoder blocks, as stored; also without its own head."""
+        """A copy of the model with the weights that are in no decoder block, as stored; `head`: also those of its head."""
         last = self.skeleton.get_output_embeddings()
         shared = {id(p) for module in self.skeleton.modules() if module is not last for p in module.parameters(False)}
         own = set() if last is None else {id(p) for p in last.parameters()} - shared

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ptq161.blocks import BlockCall, tensors_to
 from ptq161.budget import LinearShape
 from ptq161.errors import UnsupportedModel, UnsupportedModule
-from ptq161.space import Space
+from ptq161.space import MEMORY, Space
 
 
 class _Seen(Exception):
@@ -215,7 +215,7 @@ def config_shapes(config: PreTrainedConfig) -> dict[str, LinearShape]:
 
 @torch.no_grad()
 def first_hidden(
-    model: PreTrainedModel, blocks: nn.ModuleList, samples: Int64[Tensor, "samples seq"], space: Space = Space()
+    model: PreTrainedModel, blocks: nn.ModuleList, samples: Int64[Tensor, "samples seq"], space: Space = MEMORY
 ) -> Float[Tensor, "samples seq hidden"]:
     """The hidden states that enter the first block, float32, for every sample. No block and no head runs."""
     captured: list[Tensor] = []

@@ -59,8 +59,8 @@ def quantize(
 
     model: hub name, folder, `.gguf` file, or a model in memory (then give its tokenizer). calib: SOURCE or several.
     blocks: half-open range of decoder blocks to quantize, the others stay dense. dtype: what the tensors that are not
-    quantized are saved in; `auto` keeps 16-bit ones and saves float32 and GGUF sources in bfloat16. offload: a folder for
-    the streams of hidden states, instead of memory. overrides: any field of QuantConfig, e.g. bits=1.61 or epochs=4.
+    quantized are saved in; `auto` keeps 16-bit ones and saves float32 and GGUF sources in bfloat16. offload: a folder
+    for the streams of hidden states, instead of memory. overrides: any field of QuantConfig, e.g. bits=1.61 or epochs=4.
 
     Returns the JSON of `ptq161 quantize --json`. Raises InputError before anything is written, Ptq161Error later, with
     finished blocks kept beside OUT.
@@ -93,9 +93,7 @@ def quantize(
                     layout = allot(prepared, tokens, config, torch_device, scratch, on_progress).layout
                     work.save_layout(layout)
                 prepared = replace(prepared, layout=layout)
-            for block in walk(
-                prepared, tokens, config, torch_device, work.load_streams(space), on_progress, space
-            ):
+            for block in walk(prepared, tokens, config, torch_device, work.load_streams(space), on_progress, space):
                 work.save_block(block.index, block.packed, block.record)
                 if config.distill is not Distill.OFF and block.latents:
                     work.save_latents(block.index, block.latents)
@@ -240,4 +238,3 @@ def _save_dtype(name: str, source: torch.dtype) -> torch.dtype:
     if name not in DTYPES:
         raise InputError(unknown("dtype", name, ["auto", *DTYPES]))
     return DTYPES[name]
-

@@ -14,7 +14,17 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 import ptq161
 from ptq161.contents import header, in_file_order, into_shards, stored_tensors
-from ptq161.folder import CARD, CONFIG, INDEX, METHOD, RUN, WEIGHTS, tensor_bytes, tensor_checksum, write_checksums, write_json
+from ptq161.folder import (
+    CARD,
+    INDEX,
+    METHOD,
+    RUN,
+    WEIGHTS,
+    tensor_bytes,
+    tensor_checksum,
+    write_checksums,
+    write_json,
+)
 from ptq161.layout import ModelLayout
 from ptq161.packing import TensorSpec
 
@@ -38,8 +48,8 @@ def save_packed(
     weights: everything that is not packed, by its name in the model (None: the model's own), converted to `dtype`
     (None: kept as it is); the weights of the linears in `layout` are not looked at, and with `weights` the model may be
     on meta. packed: full tensor name -> tensor for every name in `layout.tensor_specs()`. Tensors are read and written
-    one at a time, into files of at most `shard_bytes`. run: becomes run.json; the model card quotes its `model`, `config`
-    and `calibration` if they are there, and its `provenance` goes into config.json.
+    one at a time, into files of at most `shard_bytes`. run: becomes run.json; the model card quotes its `model`,
+    `config` and `calibration` if they are there, and its `provenance` goes into config.json.
 
     Raises ValueError if layout, model and packed tensors do not belong together.
     """

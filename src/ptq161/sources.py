@@ -11,8 +11,8 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -225,7 +225,9 @@ def _located(location: _Location, config: PreTrainedConfig, dtype: torch.dtype |
                 return None
         if model.can_generate():
             nothing = dict.fromkeys(("cache_dir", "force_download", "proxies", "token"))
-            model.adjust_generation_fn(None, False, False, location.name, revision="main", subfolder="", **nothing, **keywords)
+            model.adjust_generation_fn(
+                None, False, False, location.name, revision="main", subfolder="", **nothing, **keywords
+            )
     return DenseModel(model.requires_grad_(False).eval(), weights, model.dtype, resident=False)
 
 
@@ -236,7 +238,9 @@ def _headers(files: Sequence[str]) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 header = file.get_slice(name)
-                dtype = _TORCH_DTYPES.get(header.get_dtype(), torch.uint8)  # any that is no float's, for one unknown here
+                dtype = _TORCH_DTYPES.get(
+                    header.get_dtype(), torch.uint8
+                )  # any that is no float's, for one unknown here
                 headers[name] = torch.empty(header.get_shape(), dtype=dtype, device="meta")
     return headers
 

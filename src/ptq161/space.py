@@ -16,7 +16,7 @@ from torch import Tensor
 class Space:
     """A place for large tensors. folder: where their files are made; None keeps them in memory.
 
-    A file has no name from the moment it is mapped: it takes disk as long as its tensor lives, however the process ends.
+    A file loses its name as soon as it is mapped: it takes disk while its tensor lives, however the process ends.
     """
 
     folder: Path | None = None
@@ -41,6 +41,9 @@ class Space:
     def copy(self, tensor: Tensor) -> Tensor:
         """A copy of a tensor in this space."""
         return self.like(tensor).copy_(tensor)
+
+
+MEMORY = Space()
 
 
 def _reserve(descriptor: int, size: int) -> None:

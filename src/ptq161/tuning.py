@@ -22,7 +22,7 @@ from ptq161.walk import OnProgress, Prepared, Progress, packed_tensors
 
 @dataclass(frozen=True)
 class Tuned:
-    """What the stage gave: its JSON record, and the tensors to be stored instead of those of the blocks, by full name."""
+    """What the stage gave: its JSON record, and tensors to be stored instead of the blocks', by full name."""
 
     record: dict[str, Any]
     packed: Mapping[str, Tensor]
@@ -73,8 +73,8 @@ def distill(
 ) -> Tuned | None:
     """Tune the whole model after its blocks, continuing from the state in `work`.
 
-    None where it is off; where it cannot run, the record says why under `skipped`. Raises Ptq161Error in that case if it
-    is required.
+    None where it is off; where it cannot run, the record says why under `skipped`. Raises Ptq161Error in that case if
+    it is required.
     """
     if config.distill is Distill.OFF:
         return None

@@ -29,7 +29,7 @@ from ptq161.layout import ModelLayout
 from ptq161.methods import METHODS
 from ptq161.packing import pack
 from ptq161.sensitivity import shared_harms
-from ptq161.space import Space
+from ptq161.space import MEMORY, Space
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def walk(
     device: torch.device,
     start: Streams | None = None,
     on_progress: OnProgress = lambda progress: None,
-    space: Space = Space(),
+    space: Space = MEMORY,
 ) -> Iterator[QuantizedBlock]:
     """Quantize block after block, yielding each as soon as it is done.
 
@@ -208,8 +208,8 @@ def _quantize_block(
     losses = torch.tensor([result.loss_first, result.loss_last])
     if not losses.isfinite().all() or not result.outputs.isfinite().all():
         raise NonFiniteError(
-            f"block {index} of {prepared.model.prefix} gives a loss of {result.loss_last} (from {result.loss_first}) with "
-            "its stored factors; its activations or factors overflow. Lower lr_scale, lr_angular and lr_latent (--set)."
+            f"block {index} of {prepared.model.prefix} gives a loss of {result.loss_last} (from {result.loss_first}) "
+            "with its stored factors; its activations or factors overflow. Lower lr_scale, lr_angular and lr_latent (--set)."
         )
     prefix = f"{prepared.model.prefix}.{index}"
     tensors = packed_tensors({f"{prefix}.{name}": weight for name, weight in result.weights.items()}, prepared.layout)
@@ -234,9 +234,7 @@ def packed_tensors(weights: Mapping[str, QuantizedWeight], layout: ModelLayout) 
     return tensors
 
 
-def _block_task(
-    prepared: Prepared, index: int, streams: Streams, device: torch.device, space: Space
-) -> BlockTask:
+def _block_task(prepared: Prepared, index: int, streams: Streams, device: torch.device, space: Space) -> BlockTask:
     """Targets of one block with its original weights; statistics are collected on the full-precision pass.
 
     That pass goes over the stream itself: a run that ends here continues from its saved streams.
@@ -266,4 +264,3 @@ def _block_task(
         },
         space=space,
     )
-
