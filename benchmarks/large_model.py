@@ -158,7 +158,7 @@ def quantize(args: argparse.Namespace, blocks: int) -> dict[str, Any]:
     watcher.start()
     began = time.monotonic()
     try:
-        result = pipeline.quantize(folder, out, on_progress=on_progress, **settings)
+        result = pipeline.quantize(folder, out, restart=True, on_progress=on_progress, **settings)
     finally:
         finished.set()
         watcher.join()

@@ -98,7 +98,7 @@ class DenseModel:
         return self._filled(self.blocks[index], f"{self.prefix}.{index}.", lambda name: True)
 
     def outside(self, *, head: bool) -> PreTrainedModel:
-        """A copy of the model with the weights that are in no decoder block, as stored; `head`: also those of its head."""
+        """A copy of the model with the weights that are in no decoder block, as stored; `head`: also its own head's."""
         last = self.skeleton.get_output_embeddings()
         shared = {id(p) for module in self.skeleton.modules() if module is not last for p in module.parameters(False)}
         own = set() if last is None else {id(p) for p in last.parameters()} - shared

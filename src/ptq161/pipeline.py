@@ -60,7 +60,7 @@ def quantize(
     model: hub name, folder, `.gguf` file, or a model in memory (then give its tokenizer). calib: SOURCE or several.
     blocks: half-open range of decoder blocks to quantize, the others stay dense. dtype: what the tensors that are not
     quantized are saved in; `auto` keeps 16-bit ones and saves float32 and GGUF sources in bfloat16. offload: a folder
-    for the streams of hidden states, instead of memory. overrides: any field of QuantConfig, e.g. bits=1.61 or epochs=4.
+    for the streams of hidden states, instead of memory. overrides: any field of QuantConfig, such as bits or epochs.
 
     Returns the JSON of `ptq161 quantize --json`. Raises InputError before anything is written, Ptq161Error later, with
     finished blocks kept beside OUT.

@@ -209,7 +209,8 @@ def _quantize_block(
     if not losses.isfinite().all() or not result.outputs.isfinite().all():
         raise NonFiniteError(
             f"block {index} of {prepared.model.prefix} gives a loss of {result.loss_last} (from {result.loss_first}) "
-            "with its stored factors; its activations or factors overflow. Lower lr_scale, lr_angular and lr_latent (--set)."
+            "with its stored factors; its activations or factors overflow. Lower lr_scale, lr_angular and lr_latent "
+            "(--set)."
         )
     prefix = f"{prepared.model.prefix}.{index}"
     tensors = packed_tensors({f"{prefix}.{name}": weight for name, weight in result.weights.items()}, prepared.layout)
