@@ -38,7 +38,7 @@ def copy_with_int8_head(source: Path, out: Path) -> None:
     state = model.state_dict()
     packed = {name: state[name] for name in layout.tensor_specs() if name in state}
     run = json.loads((source / "run.json").read_text())
-    packed |= pack_vocabulary(model, layout.vocabulary)
+    packed |= pack_vocabulary(model.state_dict(), layout.vocabulary)
     save_packed(out, model, layout, packed, dtype=None, run=run, tokenizer=tokenizer)
 
 

@@ -135,7 +135,7 @@ def write_packed(
     layout, packed = mixed_linears(model) if mixed else quantize_linears(model)
     if int8_head:
         layout = replace(layout, vocabulary=vocabulary_specs(model))
-        packed |= pack_vocabulary(model, layout.vocabulary)
+        packed |= pack_vocabulary(model.state_dict(), layout.vocabulary)
     run = {"model": "tiny", "config": {"bits": 1.61}, "timing": {"seconds": 1.0}}
     save_packed(folder, model, layout, packed, dtype=dtype, run=run, tokenizer=tokenizer, **options)
     return install(model, layout, packed)

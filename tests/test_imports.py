@@ -24,13 +24,16 @@ ALLOWED = {
     "mixed": "latent binarize",
     "compensation": "mixed latent binarize",
     "allocation": "budget layout packing binarize config",
-    "sensitivity": "mixed binarize budget",
-    "blocks": "",
-    "discovery": "blocks budget",
+    "space": "",
+    "blocks": "space",
+    "discovery": "blocks budget space",
+    "dense": "discovery",
+    "sensitivity": "dense discovery blocks space mixed binarize budget",
     "fit": "latent blocks binarize config machine",
     "methods": "fit compensation mixed latent blocks binarize config",  # never linear, never kernels
-    "walk": "methods fit latent sensitivity allocation discovery blocks budget layout packing binarize config",
-    "baselines": "methods discovery blocks",
+    "walk": "methods fit latent sensitivity allocation dense discovery blocks space budget layout packing binarize "
+    "config",
+    "baselines": "methods dense discovery blocks space",
     "student": "fit latent config",
     "distill": "student fit config",
     # running packed models
@@ -43,13 +46,13 @@ ALLOWED = {
     "contents": "folder layout packing",
     "verify": "folder layout packing",
     "saving": "contents folder layout packing",
-    "hf": "saving verify vocabulary folder linear kernels layout packing machine config",
-    "checkpoint": "blocks latent layout binarize",
+    "hf": "saving verify vocabulary contents foreign folder linear kernels layout packing machine config",
+    "checkpoint": "dense blocks space latent layout binarize",
     # text and models from outside
     "hub": "",
     "selftext": "",
     "data": "hub selftext config",
-    "sources": "hf hub config",
+    "sources": "dense contents hf hub config",
     # commands
     "evaluate": "data hf linear kernels packing binarize machine",
     "generation": "data",
@@ -57,10 +60,11 @@ ALLOWED = {
     "handlers": "chat generation data",
     "serve": "handlers",
     "inspection": "sources hf vocabulary saving contents folder discovery blocks allocation layout packing config",
-    "pipeline": (
-        "walk distill student methods blocks checkpoint hf vocabulary folder inspection sources data layout config "
-        "machine"
-    ),
+    "tuning": "distill student walk dense discovery blocks checkpoint machine config",
+    "preflight": "methods tuning walk config",
+    "records": "walk folder config",
+    "pipeline": "walk tuning preflight records methods dense space checkpoint hf vocabulary inspection sources data "
+    "layout config machine",
     "report": "",
     "arguments": "config",
     "terminal": "walk machine",
@@ -82,6 +86,7 @@ THIRD_PARTY = {
     "kernels": "torch jaxtyping triton",
     "linear": "torch jaxtyping",
     "embedding": "torch jaxtyping",
+    "space": "torch",
     "blocks": "torch jaxtyping",
     "discovery": "torch jaxtyping transformers",
     "walk": "torch jaxtyping transformers",

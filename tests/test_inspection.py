@@ -164,7 +164,7 @@ def packed_model(folder, family, tokenizer, *, dtype=torch.bfloat16, blocks=(0, 
     """Save a tiny model packed without calibration: (model, layout)."""
     model = build(FAMILIES[family]())
     prefix, block_list = decoder_blocks(model)
-    traced = trace(model, block_list, torch.zeros(1, 4, dtype=torch.int64), torch.device("cpu"))
+    traced = trace(model, block_list, torch.zeros(1, 4, dtype=torch.int64))
     shapes = linear_shapes(model, prefix, block_list, traced)
     wanted = tuple(f"{prefix}.{index}." for index in range(*blocks))
     layout = model_layout({name: s for name, s in shapes.items() if name.startswith(wanted)}, RATIO, row_mean=True)
@@ -176,7 +176,7 @@ def packed_model(folder, family, tokenizer, *, dtype=torch.bfloat16, blocks=(0, 
         packed |= {f"{name}.{tensor}": tensors[tensor] for tensor in spec.specs()}
     if int8_head:
         layout = replace(layout, vocabulary=vocabulary_specs(model))
-        packed |= pack_vocabulary(model, layout.vocabulary)
+        packed |= pack_vocabulary(model.state_dict(), layout.vocabulary)
     save_packed(folder, model, layout, packed, dtype=dtype, run={}, tokenizer=tokenizer, **saving)
     return model, layout
 

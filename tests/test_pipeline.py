@@ -157,7 +157,7 @@ def test_last_loss_is_that_of_the_factors_in_the_file(finished, source, calibrat
     stored = ptq161.load(out, mode="dense")
     _, blocks = decoder_blocks(original)
     _, stored_blocks = decoder_blocks(stored)
-    calls = trace(original, blocks, tokens, device).calls
+    calls = trace(original, blocks, tokens).calls
     full = quantized = first_hidden(original, blocks, tokens)
     for block, stored_block, call, record in zip(blocks, stored_blocks, calls, result["blocks"], strict=True):
         full, local = advance(block, call, full, device), advance(block, call, quantized, device)
@@ -414,6 +414,45 @@ def test_disk_too_full_for_the_result_is_refused(run, tmp_path, monkeypatch):
 def test_parents_of_out_are_made(run, tmp_path):
     run(tmp_path / "a" / "b" / "out", blocks=(0, 1))
     assert ptq161.load(tmp_path / "a" / "b" / "out")
+
+
+# Streams in files
+
+
+@pytest.mark.parametrize("block", [None, 2])
+def test_offloaded_streams_give_the_same_bytes_also_when_continued(finished, run, tmp_path, block):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    if block is not None:
+        with pytest.raises(Interruption):
+            run(tmp_path / "out", offload=scratch, on_progress=interrupt(block, "learn"))
+    run(tmp_path / "out", offload=scratch)
+    assert_same_checkpoint(finished[1], tmp_path / "out")
+    assert list(scratch.iterdir()) == []
+
+
+def test_offload_folder_that_does_not_exist_is_refused(run, tmp_path):
+    with pytest.raises(InputError, match=r"--offload .*nowhere: expected a folder that exists"):
+        run(tmp_path / "out", offload=tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_publication_that_was_cut_off_is_completed_by_the_next_command(finished, run, tmp_path, monkeypatch, renamed):
+    def killed(work):
+        if renamed:
+            work.result.rename(work.out)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "complete", lambda work: killed(work) if work.result.exists() else None)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out")
+    assert (tmp_path / "out").exists() == renamed
+    with pytest.raises(InputError, match="out exists"):
+        run(tmp_path / "out")
+    assert_same_checkpoint(finished[1], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # Some blocks only

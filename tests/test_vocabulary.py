@@ -115,9 +115,9 @@ def test_each_matrix_is_stored_once_as_bytes_and_scales(family, folders, tmp_pat
 def test_packing_a_few_rows_at_a_time_changes_nothing(monkeypatch):
     model = build(FAMILIES["llama"]())
     specs = vocabulary_specs(model)
-    whole = pack_vocabulary(model, specs)
+    whole = pack_vocabulary(model.state_dict(), specs)
     monkeypatch.setattr("ptq161.vocabulary._WEIGHTS_AT_ONCE", 100)
-    assert all(tensor.equal(whole[name]) for name, tensor in pack_vocabulary(model, specs).items())
+    assert all(tensor.equal(whole[name]) for name, tensor in pack_vocabulary(model.state_dict(), specs).items())
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma3"])
@@ -260,7 +260,7 @@ def test_weights_that_are_not_finite_are_an_error_that_names_the_row(bad):
     model = build(FAMILIES["llama"]())
     model.lm_head.weight.data[17, 3] = bad
     with pytest.raises(NonFiniteError, match=r"lm_head\.weight: row 17 has"):
-        pack_vocabulary(model, vocabulary_specs(model))
+        pack_vocabulary(model.state_dict(), vocabulary_specs(model))
 
 
 def rename(old, new):

@@ -110,6 +110,7 @@ def _quantize_arguments(parser: _Parser) -> None:
     add("--set", action="append", type=_key_value, default=[], metavar="K=V", help="any other setting; may be repeated")
     add("--config", type=Path, metavar="F.toml", help="settings, one `key = value` a line")
     add("--blocks", type=_block_range, metavar="A:B", help="quantize only these decoder blocks (half-open, from 0)")
+    add("--offload", type=Path, metavar="DIR", help="keep hidden states in files there (a fast disk), not in memory")
     add("--overwrite", action="store_true", help="replace OUT once the new one is complete")
     add("--restart", action="store_true", help="drop an unfinished run instead of continuing it")
     add("--dry-run", action="store_true", help="say what will be needed; write nothing")

@@ -61,6 +61,7 @@ def _debug(arguments: Sequence[str]) -> None:
 
 def _quantize(args: Namespace) -> int:
     keywords = quantize_settings(args) | {"blocks": args.blocks, "device": args.device, "dtype": args.dtype}
+    keywords["offload"] = args.offload
     from ptq161 import pipeline, terminal
 
     with terminal.quiet_libraries(debug=args.debug):

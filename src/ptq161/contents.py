@@ -47,7 +47,7 @@ def stored_tensors(model: PreTrainedModel, layout: ModelLayout, dtype: torch.dty
     state, packed = model.state_dict(), layout.modules
     ignored = set(model._keys_to_ignore_on_save or ())
     for name, source in model.all_tied_weights_keys.items():
-        if name in state and source in state and state[name].data_ptr() == state[source].data_ptr():
+        if name in state and source in state and model.get_parameter(name) is model.get_parameter(source):
             ignored.add(name)
     tensors: dict[str, TensorSpec] = {}
     for name, tensor in state.items():
@@ -76,17 +76,28 @@ def into_shards(tensors: Mapping[str, TensorSpec], shard_bytes: int) -> list[lis
     return shards
 
 
-def header_bytes(tensors: Mapping[str, TensorSpec]) -> int:
-    """Bytes in front of the data of a safetensors file with these tensors: the length and the padded JSON header."""
+def in_file_order(tensors: Mapping[str, TensorSpec]) -> list[str]:
+    """Names in the order in which safetensors lays out tensors: by dtype, then by name."""
     ranks = {dtype: rank for rank, dtype in enumerate(DTYPE_NAMES)}
-    header: dict[str, object] = {"__metadata__": METADATA}
+    return sorted(tensors, key=lambda name: (ranks[tensors[name].dtype], name))
+
+
+def header(tensors: Mapping[str, TensorSpec]) -> bytes:
+    """What is in front of the data of a safetensors file with these tensors: the length and the padded JSON header."""
+    entries: dict[str, object] = {"__metadata__": METADATA}
     end = 0
-    for name in sorted(tensors, key=lambda name: (ranks[tensors[name].dtype], name)):
+    for name in in_file_order(tensors):
         spec, begin = tensors[name], end
         end += spec.nbytes
-        header[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [begin, end]}
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-length // 8) * 8
+        entries[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    padded = text.ljust(-(-len(text) // 8) * 8)
+    return len(padded).to_bytes(8, "little") + padded
+
+
+def header_bytes(tensors: Mapping[str, TensorSpec]) -> int:
+    """The length of `header`."""
+    return len(header(tensors))
 
 
 @dataclass(frozen=True)

@@ -143,5 +143,11 @@ def file_checksum(path: Path) -> str:
 def tensor_checksum(tensor: Tensor) -> str:
     """sha256 of the line `dtype[shape]` (such as `uint8[576, 59]`) and the tensor's bytes as stored, hexadecimal."""
     digest = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}\n".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor as a file stores them, without copying a contiguous one on the CPU."""
+    content: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return content

@@ -96,6 +96,9 @@ class QuantizeMeter(_Meter):
         """Show one report; without a terminal, a line for each finished block and each tenth of the distillation."""
         if progress.phase == "distill":
             return self._distill(progress)
+        if progress.phase == "measure":
+            text = f"measuring what widths are worth {progress.step}/{progress.steps}"
+            return self.show(text, progress.step / progress.steps, duration(progress.seconds))
         if self.began_at is None:
             self.began_at = progress.block  # not `first` when an interrupted run is continued
         finished = progress.phase == "save"
@@ -285,8 +288,10 @@ def show_plan(out: Console, result: Mapping[str, Any]) -> None:
     """What `quantize --dry-run` found out."""
     rows = _budget_rows(result) | {
         "weight files": size(result["file_bytes"]),
+        "weights": "read whole into memory" if result["weights_in_memory"] else "read block by block",
         "peak memory, about": size(result["peak_memory_bytes"]),
         "disk, while it runs": size(result["disk_bytes"]),
+        **({} if result["offload_bytes"] is None else {"disk of --offload": size(result["offload_bytes"])}),
         "work in the linears": f"{result['flops']:.2e} floating-point operations",
     }
     out.print(figures_table(rows))

@@ -32,14 +32,14 @@ def vocabulary_specs(model: PreTrainedModel) -> dict[str, PackedLinearSpec]:
     return specs
 
 
-def pack_vocabulary(model: PreTrainedModel, specs: Mapping[str, PackedLinearSpec]) -> dict[str, Tensor]:
+def pack_vocabulary(weights: Mapping[str, Tensor], specs: Mapping[str, PackedLinearSpec]) -> dict[str, Tensor]:
     """Full tensor name -> packed tensor, for the modules of `vocabulary_specs`. A few rows at a time are in float32.
 
-    Raises NonFiniteError naming the first row of a module that has no finite scale.
+    weights: a model's, by name. Raises NonFiniteError naming the first row of a module that has no finite scale.
     """
     packed: dict[str, Tensor] = {}
     for name, spec in specs.items():
-        weight = model.get_parameter(f"{name}.weight").detach()
+        weight = weights[f"{name}.weight"].detach()
         rows = max(1, _WEIGHTS_AT_ONCE // spec.layout.cols)
         parts = [pack(symmetric_weight(part, EIGHT_BIT)).tensors for part in weight.split(rows)]
         tensors = {tensor: torch.cat([part[tensor] for part in parts]) for tensor in spec.specs()}
@@ -132,7 +132,10 @@ def _is_tied(model: PreTrainedModel, head_name: str) -> bool:
     """Whether the head's weight is the embedding's: by the model's own word, and in memory."""
     weight = f"{head_name}.weight"
     source = model.all_tied_weights_keys.get(weight)
-    return source is not None and model.get_parameter(weight).data_ptr() == model.get_parameter(source).data_ptr()
+    if source is None:
+        return False
+    head, embedding = model.get_parameter(weight), model.get_parameter(source)
+    return head is embedding or (not head.is_meta and head.data_ptr() == embedding.data_ptr())
 
 
 def _name_of(model: PreTrainedModel, module: nn.Module | None) -> str:

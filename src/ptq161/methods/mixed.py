@@ -30,7 +30,7 @@ def mixed(task: BlockTask, config: QuantConfig, on_step: OnStep) -> BlockResult:
     """
     start = _start(task)
     loss_first, outputs = measure(task, start, config)
-    if config.epochs == 0:
+    if compensates(config):
         latents = _compensated(task)
         weights = {name: weight.quantized() for name, weight in latents.items()}
         loss_last, compensated_outputs = measure(task, weights, config)
@@ -51,6 +51,11 @@ def mixed(task: BlockTask, config: QuantConfig, on_step: OnStep) -> BlockResult:
         learn = replace(learn, lr_latent=learn.lr_latent / BACK_OFF, lr_scale=learn.lr_scale / BACK_OFF)
     latents = {name: LatentWeight.of(linear.weight, start[name]) for name, linear in task.linears.items()}
     return BlockResult(start, loss_first, loss_first, outputs, latents)
+
+
+def compensates(config: QuantConfig) -> bool:
+    """Whether codes are compensated, not learned: that takes the full-precision stream into each block, too."""
+    return config.method == "mixed" and config.epochs == 0
 
 
 def _start(task: BlockTask) -> dict[str, QuantizedWeight]:
