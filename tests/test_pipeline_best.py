@@ -318,8 +318,8 @@ def test_memory_that_went_while_it_ran_keeps_the_blocks(run, finished, tmp_path,
 
 def test_blocks_are_computed_again_where_memory_is_short(run, finished, tmp_path, monkeypatch, students):
     """The same model to the last bit, whatever was free."""
-    monkeypatch.setattr(pipeline, "memory_bytes", lambda *args, recomputed=False: 50 if recomputed else 150)
-    monkeypatch.setattr(pipeline, "free_memory_bytes", lambda device: 100)
+    monkeypatch.setattr(tuning, "needed_bytes", lambda *args, recomputed=False: 50 if recomputed else 150)
+    monkeypatch.setattr(tuning, "free_memory_bytes", lambda device: 100)
     run(tmp_path / "out", distill="required")
     assert students[0].recomputed == ("model.layers.0", "model.layers.1")
     weights = "model.safetensors"

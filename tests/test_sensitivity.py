@@ -8,7 +8,7 @@ from families import FAMILIES, VOCABULARY, build
 from torch import nn
 
 from ptq161.allocation import MIXED_WIDTHS
-from ptq161.binarize import CODE_WIDTHS, nearest_level
+from ptq161.binarize import nearest_level
 from ptq161.blocks import float32_vectors
 from ptq161.budget import LinearShape
 from ptq161.dense import DenseModel
@@ -200,7 +200,7 @@ def test_linears_with_one_input_add_up_under_the_first():
 
 
 def test_fewer_levels_harm_more():
-    for harm in Case().harms(widths=tuple(CODE_WIDTHS.values())).values():
+    for harm in Case().harms(widths=MIXED_WIDTHS).values():
         assert harm.isfinite().all() and (harm >= 0).all()
         one, ternary, four, eight = harm.sum(dim=0).tolist()
         assert one > ternary > 5 * four > 5 * eight > 0
