@@ -202,8 +202,8 @@ def test_linears_with_one_input_add_up_under_the_first():
 def test_fewer_levels_harm_more():
     for harm in Case().harms(widths=MIXED_WIDTHS).values():
         assert harm.isfinite().all() and (harm >= 0).all()
-        one, ternary, four, eight = harm.sum(dim=0).tolist()
-        assert one > ternary > 5 * four > 5 * eight > 0
+        one, ternary, four = harm.sum(dim=0).tolist()
+        assert one > ternary > 5 * four > 0
 
 
 @pytest.mark.parametrize("index", [0, 1])

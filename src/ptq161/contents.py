@@ -161,7 +161,7 @@ def headers_for(model: PreTrainedModel, layout: ModelLayout, files: Iterable[Pat
                 raise CheckpointError(f"{file}: tensor {name} does not belong to this model")
             expected, stored = state[name], TORCH_DTYPES[found.dtype]
             if found.shape != tuple(expected.shape):
-                raise CheckpointError(f"{file}: tensor {name} is {found}, expected {list(expected.shape)}")
+                raise CheckpointError(f"{file}: tensor {name} is {list(found.shape)}, expected {list(expected.shape)}")
             exact = name in packed or not expected.is_floating_point()
             if stored != expected.dtype if exact else not stored.is_floating_point:
                 raise CheckpointError(f"{file}: tensor {name} is {found}, expected {expected.dtype}")

@@ -36,6 +36,9 @@ class NonFiniteError(Ptq161Error, ArithmeticError):
 
 def one_line(text: str) -> str:
     """Text that may quote a stranger's file, safe to print: one line, control characters escaped, not too long."""
-    text = " ".join(text.split())
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: MAX_MESSAGE * 2])
+    text = _cut(" ".join(text.split()))
+    return _cut("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 200]} ... {text[-200:]}"

@@ -29,6 +29,8 @@ def config_problem(config: Mapping[Any, Any]) -> str | None:
                 return f"has {key}={one_line(str(value))}, expected at most {limit}"
             if _KERNEL.fullmatch(key) and "/" in str(value):
                 return f"has {key}={value!r}: code from elsewhere would run; take the field out"
+            if key == "return_dict" and value is not True:
+                return "has return_dict switched off: outputs are read by name; take the field out"
             if key != "quantization_config":
                 inner = value if isinstance(value, list) else [value]
                 parts += [part for part in inner if isinstance(part, Mapping)]
