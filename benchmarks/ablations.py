@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 from ptq161.binarize import reconstruct
 from ptq161.config import CalibrationConfig, QuantConfig
 from ptq161.data import calibration_tokens, evaluation_tokens
+from ptq161.dense import DenseModel
 from ptq161.evaluate.perplexity import perplexity
 from ptq161.inspection import predict
 from ptq161.layout import ModelLayout
 from ptq161.packing import COLUMN_TYPES, PackedWeight, unpack
-from ptq161.sources import open_dense
+from ptq161.sources import open_model
 from ptq161.walk import QuantizedBlock, prepare, walk
 
 PUBLISHED = {"statistic": "absmax", "salient_range": "row", "row_mean": True, "magnitude": "mse", "angular": True}
@@ -72,10 +73,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of the variants to run")
     arguments = parser.parse_args()
 
-    source = open_dense(arguments.model, dtype=torch.float32)
+    source, tokenizer = open_model(arguments.model, dtype=torch.float32)
     calibration = CalibrationConfig((arguments.calib,), arguments.samples, arguments.seqlen, arguments.seed)
-    tokens = calibration_tokens(calibration, source.tokenizer)
-    texts = {name: evaluation_tokens(name, source.tokenizer) for name in arguments.ppl}
+    tokens = calibration_tokens(calibration, tokenizer)
+    texts = {name: evaluation_tokens(name, tokenizer) for name in arguments.ppl}
     done = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
     finished = {row["variant"] for row in done}
 
@@ -92,16 +93,16 @@ def main() -> None:
         }
 
     if "full precision" not in finished:
-        record("full precision", perplexity=evaluate(source.model))
+        record("full precision", perplexity=evaluate(source))
     for variant, changes in VARIANTS.items():
         if variant in finished or (arguments.only and variant not in arguments.only):
             continue
         values = {"epochs": arguments.epochs, "seed": arguments.seed, **PUBLISHED, **changes}
         config = QuantConfig().replaced(values)
-        model = copy.deepcopy(source.model)
+        model = copy.deepcopy(source)
         device = torch.device("cpu")
         began = time.monotonic()
-        prepared = prepare(model, tokens, config, None, device)
+        prepared = prepare(DenseModel.of(source), tokens, config, None)
         records = []
         for block in walk(prepared, tokens, config, device):
             install(model, prepared.layout, block)

@@ -43,12 +43,12 @@ def main() -> None:
     parser.add_argument("--compute", default="auto")
     arguments = parser.parse_args()
 
-    source = open_dense(arguments.model)
+    source, tokenizer = open_dense(arguments.model)
     calibration = CalibrationConfig((arguments.calib,), arguments.samples, arguments.seqlen)
-    tokens = calibration_tokens(calibration, source.tokenizer)
+    tokens = calibration_tokens(calibration, tokenizer)
     config = QuantConfig().replaced({"epochs": arguments.epochs, "compute": arguments.compute})
     device = torch.device("cpu")
-    prepared = prepare(source.model, tokens, config, (arguments.block, arguments.block + 1), device)
+    prepared = prepare(source, tokens, config, (arguments.block, arguments.block + 1))
 
     marks: dict[str, list[float]] = {}
 

@@ -41,6 +41,7 @@ TABLES: dict[str, dict[str, Recipe]] = {
         "half the epochs": BLOCKS_ONLY | {"epochs": 2},
         "latents three times faster": BLOCKS_ONLY | {"lr_latent": 0.06},
         "no learning": BLOCKS_ONLY | {"epochs": 0},
+        "no learning, plain rounding": BLOCKS_ONLY | {"epochs": 1, "lr_latent": 0.0, "lr_scale": 0.0},
     },
     # From few to many tokens of distillation.
     "tokens": {f"{count:,} tokens": FEW | {"preset": "best", "distill_tokens": count} for count in (65_536, 262_144)},

@@ -1,7 +1,7 @@
 // AVX2. The 32 rows of a unit are four registers, taken one after the other within a block, so that codes are read from
 // memory once and in order. vpmaddubsw multiplies bytes and adds pairs to 16 bits, which hold the sums of a whole block
 // of 1-bit and 2-bit digits (128 columns: at most 32 * 2 * 3 * 127 = 24,384) and of 32 columns of 4-bit ones
-// (8 * 2 * 15 * 127 = 30,480); then they are widened.
+// (8 * 2 * 15 * 127 = 30,480); then they are widened. An 8-bit digit would not fit: its halves are multiplied apart.
 
 #include <immintrin.h>
 
@@ -26,9 +26,10 @@ inline __m256i four_columns(const int8_t* q) {
 template <int kBits, int kTokens>
 __attribute__((noinline)) void some_tokens(const Group& group, const uint8_t* codes, const int8_t* q, int64_t q_stride, const float* scale,
                  int64_t scale_stride, Rows* dot) {
-    constexpr int kColumns = 32 / kBits, kPlanes = 8 / kBits, kPerBlock = kBlock / kColumns;
-    constexpr int kPerSum = kBits == 4 ? 4 : kPerBlock;  // units that 16 bits can hold
-    const __m256i mask = _mm256_set1_epi8(char((1 << kBits) - 1)), ones = _mm256_set1_epi16(1);
+    constexpr int kColumns = 32 / kBits, kPerBlock = kBlock / kColumns;
+    constexpr int kPart = kBits < 8 ? kBits : 4, kParts = kBits / kPart, kPlanes = 8 / kPart;  // bits multiplied at once
+    constexpr int kPerSum = kBits < 4 ? kPerBlock : kBits;  // units that 16 bits can hold
+    const __m256i mask = _mm256_set1_epi8(char((1 << kPart) - 1)), ones = _mm256_set1_epi16(1);
     for (int t = 0; t < kTokens; ++t) std::memset(dot[t], 0, sizeof dot[t]);
     for (int64_t first = 0; first < group.units; first += kPerBlock, ++scale) {
         const int64_t last = std::min<int64_t>(group.units, first + kPerBlock);
@@ -37,9 +38,9 @@ __attribute__((noinline)) void some_tokens(const Group& group, const uint8_t* co
 #pragma GCC unroll 4
             for (int t = 0; t < kTokens; ++t) wide[t] = _mm256_setzero_si256();
             for (int64_t start = first; start < last; start += kPerSum) {
-                __m256i sums[kTokens];
+                __m256i sums[kParts][kTokens];
 #pragma GCC unroll 4
-                for (int t = 0; t < kTokens; ++t) sums[t] = _mm256_setzero_si256();
+                for (int t = 0; t < kTokens; ++t) sums[0][t] = sums[kParts - 1][t] = _mm256_setzero_si256();
                 const int64_t end = std::min<int64_t>(last, start + kPerSum);
                 for (int64_t unit = start; unit < end; ++unit) {
                     const uint8_t* place = codes + unit * kUnitBytes + 4 * row;
@@ -48,18 +49,21 @@ __attribute__((noinline)) void some_tokens(const Group& group, const uint8_t* co
                     const int8_t* columns = q + unit * kColumns;
 #pragma GCC unroll 8
                     for (int k = 0; k < kPlanes; ++k) {
-                        const __m256i digits = _mm256_and_si256(_mm256_srli_epi32(words, kBits * k), mask);
+                        const __m256i digits = _mm256_and_si256(_mm256_srli_epi32(words, kPart * k), mask);
 #pragma GCC unroll 4
                         for (int t = 0; t < kTokens; ++t) {
-                            const __m256i pairs =
-                                _mm256_maddubs_epi16(digits, four_columns(columns + t * q_stride + 4 * k));
-                            sums[t] = _mm256_add_epi16(sums[t], pairs);
+                            const __m256i four = four_columns(columns + t * q_stride + 4 * (k / kParts));
+                            __m256i& sum = sums[k % kParts][t];
+                            sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(digits, four));
                         }
                     }
                 }
 #pragma GCC unroll 4
                 for (int t = 0; t < kTokens; ++t) {
-                    wide[t] = _mm256_add_epi32(wide[t], _mm256_madd_epi16(sums[t], ones));
+                    wide[t] = _mm256_add_epi32(wide[t], _mm256_madd_epi16(sums[0][t], ones));
+                    if (kParts == 1) continue;
+                    const __m256i high = _mm256_madd_epi16(sums[kParts - 1][t], ones);
+                    wide[t] = _mm256_add_epi32(wide[t], _mm256_slli_epi32(high, kPart));
                 }
             }
             for (int t = 0; t < kTokens; ++t) {
@@ -89,7 +93,8 @@ void dot_int8(const Group& group, const uint8_t* codes, const int8_t* q, int64_t
     switch (group.bits) {
         case 1: return any_tokens<1>(group, codes, q, q_stride, scale, scale_stride, tokens, dot);
         case 2: return any_tokens<2>(group, codes, q, q_stride, scale, scale_stride, tokens, dot);
-        default: return any_tokens<4>(group, codes, q, q_stride, scale, scale_stride, tokens, dot);
+        case 4: return any_tokens<4>(group, codes, q, q_stride, scale, scale_stride, tokens, dot);
+        default: return any_tokens<8>(group, codes, q, q_stride, scale, scale_stride, tokens, dot);
     }
 }
 

@@ -129,7 +129,8 @@ void dot_int8(const Group& group, const uint8_t* codes, const int8_t* q, int64_t
     switch (group.bits) {
         case 1: return any_tokens<1>(group, codes, q, q_stride, scale, scale_stride, tokens, dot);
         case 2: return any_tokens<2>(group, codes, q, q_stride, scale, scale_stride, tokens, dot);
-        default: return any_tokens<4>(group, codes, q, q_stride, scale, scale_stride, tokens, dot);
+        case 4: return any_tokens<4>(group, codes, q, q_stride, scale, scale_stride, tokens, dot);
+        default: return any_tokens<8>(group, codes, q, q_stride, scale, scale_stride, tokens, dot);
     }
 }
 

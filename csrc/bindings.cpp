@@ -79,6 +79,21 @@ void call(const Layout& layout, const std::string& name, int64_t tokens, int typ
     throw std::invalid_argument("this processor has no kernel " + name);
 }
 
+// Codes of a group into tiles or back, once the sizes are known to fit.
+template <bool to_tiles>
+void move_codes(const Layout& layout, int64_t group, int levels, const Array& stored, const Array& tiles, int threads) {
+    if (group < 0 || group >= int64_t(layout.groups.size())) throw std::invalid_argument("no such group");
+    if (threads < 1) throw std::invalid_argument("expected at least one thread");
+    auto* codes = checked<uint8_t>("stored", stored, layout.rows * stored_row_bytes(layout, group, levels));
+    auto* units = checked<uint8_t>("tiles", tiles, layout.tiles * layout.tile_bytes);
+    nb::gil_scoped_release released;
+    if constexpr (to_tiles) {
+        codes_to_tiles(layout, group, levels, codes, units, threads);
+    } else {
+        codes_from_tiles(layout, group, levels, units, codes, threads);
+    }
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -96,6 +111,8 @@ NB_MODULE(_native, module) {
         return names;
     });
     module.def("linear", &call);
+    module.def("codes_to_tiles", &move_codes<true>);
+    module.def("codes_from_tiles", &move_codes<false>);
     module.def("read_memory", [](const Array& array, int threads) {
         const auto* words = checked<const uint64_t>("array", array, std::max<int64_t>(std::get<1>(array), 0));
         if (threads < 1) throw std::invalid_argument("expected at least one thread");

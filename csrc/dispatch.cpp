@@ -77,7 +77,8 @@ Layout make_layout(int64_t rows, std::vector<Group> groups) {
     Layout layout{rows, 0, std::move(groups), ceil_div(rows, kTileRows), 0, 0, 0};
     int64_t offset = 0;
     for (Group& group : layout.groups) {
-        require(group.bits == 1 || group.bits == 2 || group.bits == 4, "expected codes of 1, 2 or 4 bits");
+        const bool known = group.bits == 1 || group.bits == 2 || group.bits == 4 || group.bits == 8;
+        require(known, "expected codes of 1, 2, 4 or 8 bits");
         require(group.cols >= 1 && group.cols <= kMost, "columns of a group out of range");
         group.units = ceil_div(group.cols, group.columns_per_unit());
         group.first_column = layout.padded;

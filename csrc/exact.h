@@ -66,7 +66,8 @@ void dot_exact(const Group& group, const uint8_t* codes, const float* u, int64_t
     switch (group.bits) {
         case 1: return exact_bits<1>(group, codes, u, stride, tokens, dot);
         case 2: return exact_bits<2>(group, codes, u, stride, tokens, dot);
-        default: return exact_bits<4>(group, codes, u, stride, tokens, dot);
+        case 4: return exact_bits<4>(group, codes, u, stride, tokens, dot);
+        default: return exact_bits<8>(group, codes, u, stride, tokens, dot);
     }
 }
 

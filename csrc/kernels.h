@@ -3,8 +3,8 @@
 // In memory a packed linear is one array of tiles (src/ptq161/kernels/tiles.py makes it from the stored tensors). A tile
 // holds 32 rows. Its bytes are, group after group, the codes; then, group after group, the row vectors:
 //
-//     codes  [unit][row 0..31][4 bytes]   a unit is the 32 bits of codes that a row has there: 32, 16 or 8 columns at
-//                                         1, 2 or 4 bits. Column 4 * k + j of the unit is in byte j, at bit bits * k.
+//     codes  [unit][row 0..31][4 bytes]   a unit is the 32 bits of codes that a row has there: 32, 16, 8 or 4 columns
+//                                         at 1, 2, 4 or 8 bits. Column 4 * k + j of the unit is in byte j, at bit bits * k.
 //     scale  float16 [32]                 then mean, float16 [32], and zero, int8 [32], where the group has them
 //
 // padded with zeros to whole units, rows and 64 bytes. So one 32-bit lane of a vector register is one row, `(w >> bits *
@@ -37,7 +37,7 @@ enum class Type : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // A column group. The first six members describe it, the others follow (make_layout).
 struct Group {
-    int bits;      // of a code in memory: 1, 2 or 4
+    int bits;      // of a code in memory: 1, 2, 4 or 8
     int64_t cols;  // input channels
     float lowest, step;
     bool has_zero, has_mean;
@@ -102,6 +102,15 @@ const std::vector<const Kernel*>& available_kernels();
 
 // Computes the product with up to `threads` threads. Throws std::invalid_argument if `order` is not sound.
 void linear(const Kernel& kernel, const Product& product, int threads);
+
+// Stored bytes of a row of codes of a group, at `levels` levels (docs/format.md). Throws std::invalid_argument.
+int64_t stored_row_bytes(const Layout& layout, int64_t group, int levels);
+
+// Codes of one group from the stored order, [rows][stored_row_bytes], into the linear's tiles, and back without loss.
+void codes_to_tiles(const Layout& layout, int64_t group, int levels, const uint8_t* stored, uint8_t* tiles,
+                    int threads);
+void codes_from_tiles(const Layout& layout, int64_t group, int levels, const uint8_t* tiles, uint8_t* stored,
+                      int threads);
 
 // Reads memory once, as a product with nothing to compute would; returns a sum that keeps it from being left out.
 uint64_t read_memory(const uint64_t* words, int64_t count, int threads);

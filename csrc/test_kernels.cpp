@@ -91,6 +91,37 @@ Group group_of(int bits, int64_t cols, float lowest, float step, bool has_zero, 
     return group;
 }
 
+// Whether codes of every width survive the way into tiles and back, each digit where kernels.h says; tight buffers.
+bool codes_survive(int bits, int levels, int64_t rows, int64_t cols, std::mt19937& random) {
+    const Layout layout = make_layout(rows, {group_of(4, 5, -15, 2, true, true), group_of(bits, cols, 0, 1, false, false)});
+    const Group& group = layout.groups[1];
+    int per_byte = 0;
+    for (int capacity = levels; capacity <= 256 && per_byte < 8; capacity *= levels) ++per_byte;
+    const int64_t bytes = stored_row_bytes(layout, 1, levels);
+    std::vector<uint8_t> stored(size_t(rows * bytes)), back(stored.size()), digits(size_t(rows * cols));
+    for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t c = cols - 1; c >= 0; --c) {
+            const auto digit = uint8_t(random() % unsigned(levels));
+            digits[size_t(row * cols + c)] = digit;
+            uint8_t& byte = stored[size_t(row * bytes + c / per_byte)];
+            byte = uint8_t(byte * levels + digit);
+        }
+    }
+    std::vector<uint8_t> tiles(size_t(layout.tiles * layout.tile_bytes));
+    codes_to_tiles(layout, 1, levels, stored.data(), tiles.data(), 2);
+    bool same = true;
+    for (int64_t row = 0; row < rows; ++row) {
+        const uint8_t* codes = &tiles[size_t(row / kTileRows * layout.tile_bytes + group.codes)];
+        for (int64_t c = 0; c < cols; ++c) {
+            const int64_t unit = c / group.columns_per_unit(), k = c % group.columns_per_unit() / 4;
+            const int byte = codes[unit * kUnitBytes + 4 * (row % kTileRows) + c % 4];
+            same &= (byte >> (bits * k) & ((1 << bits) - 1)) == digits[size_t(row * cols + c)];
+        }
+    }
+    codes_from_tiles(layout, 1, levels, tiles.data(), back.data(), 2);
+    return same && back == stored && bytes == (cols + per_byte - 1) / per_byte;
+}
+
 }  // namespace
 
 int main() {
@@ -105,7 +136,8 @@ int main() {
         for (const int64_t rows : {1, 31, 33, 96}) {
             for (const int64_t cols : {1, 7, 33, 128, 129, 300}) {
                 std::vector<Group> groups = {group_of(1, cols, -1, 2, false, true), group_of(2, 301 - cols, -1, 1, false, false),
-                                             group_of(4, (cols + 2) / 3, -15, 2, true, false)};
+                                             group_of(4, (cols + 2) / 3, -15, 2, true, false),
+                                             group_of(8, (cols + 4) / 2, -127, 1, false, false)};
                 const Example example = make_example(rows, groups, random);
                 for (const int64_t tokens : {0, 1, 2, 3, 6, 7, 12, 13, 30}) {
                     for (const bool exact : {false, true}) {
@@ -120,6 +152,19 @@ int main() {
                 }
             }
         }
+    }
+    for (const int64_t rows : {1, 33}) {
+        for (const int64_t cols : {1, 5, 16, 31, 129}) {
+            check(codes_survive(1, 2, rows, cols, random), "1-bit codes survive");
+            check(codes_survive(2, 3, rows, cols, random), "ternary codes survive");
+            check(codes_survive(4, 16, rows, cols, random), "4-bit codes survive");
+        }
+    }
+    try {
+        stored_row_bytes(make_layout(5, {group_of(1, 8, 0, 1, false, false)}), 0, 3);
+        check(false, "ternary codes in one bit are refused");
+    } catch (const std::invalid_argument&) {
+        check(true, "");
     }
     try {
         make_layout(5, {group_of(3, 8, 0, 1, false, false)});

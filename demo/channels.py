@@ -17,7 +17,7 @@ from ptq161.linear import PackedLinear
 from ptq161.methods.mixed import shared_importance
 from ptq161.methods.ptq161 import channel_importance
 from ptq161.packing import unpack
-from ptq161.sources import open_dense, open_model
+from ptq161.sources import open_model
 
 MEASURES = {Statistic.ABSMAX: "largest |x|", Statistic.ABSMEAN: "mean |x|"}
 MIXED_MEASURE = "mean x² × sum of w²"
@@ -35,9 +35,9 @@ def measure(model: Path, packed: Path) -> dict[str, Any]:
     calibration = CalibrationConfig(
         tuple(recorded["sources"]), recorded["samples"], recorded["seqlen"], recorded["seed"]
     )
-    source = open_dense(model)
-    tokens = calibration_tokens(calibration, source.tokenizer, source.model)
-    prefix, _ = decoder_blocks(source.model)
+    source, tokenizer = open_model(model)
+    tokens = calibration_tokens(calibration, tokenizer, source)
+    prefix, _ = decoder_blocks(source)
     model_packed, _ = open_model(packed, mode="packed")
     quantized = {name: module for name, module in model_packed.named_modules() if isinstance(module, PackedLinear)}
     # Of the first, a middle and the last quantized block: its first linear, its last, its first.
@@ -48,10 +48,10 @@ def measure(model: Path, packed: Path) -> dict[str, Any]:
         chosen.append((block, [name for name in names if name.startswith(f"{prefix}.{block}.")][position]))
     sharing = {name: _sharing(quantized, name) for _, name in chosen}
     watched = dict.fromkeys(name for group in sharing.values() for name in group)
-    linears: dict[str, Any] = {name: source.model.get_submodule(name) for name in watched}
+    linears: dict[str, Any] = {name: source.get_submodule(name) for name in watched}
     with watch_inputs(linears) as stats, torch.inference_mode():
         for sample in track(tokens, description="  windows of text"):
-            source.model.base_model(sample[None], use_cache=False)
+            source.base_model(sample[None], use_cache=False)
     shown = []
     for block, name in chosen:
         label, importance = ranking(run["config"], {other: linears[other] for other in sharing[name]}, stats)

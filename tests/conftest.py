@@ -6,10 +6,15 @@ import string
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which transformers does
+
 import hypothesis
 import pytest
-import torch
 from families import FAMILIES, REFUSED, VOCABULARY, build
+from packed import write_packed
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -55,6 +60,25 @@ def make_text(seed: int, words: int) -> str:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with a chat template."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory, chat_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A packed tiny Llama with a chat template. Do not write into it."""
+    folder = tmp_path_factory.mktemp("packed") / "tiny-chat"
+    write_packed(folder, tokenizer=chat_tokenizer)
+    return folder
 
 
 @pytest.fixture(scope="session")

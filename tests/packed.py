@@ -1,6 +1,7 @@
 """Packed tiny models without the pipeline: linears quantized with their initial factors, saved and read back."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from ptq161.config import SalientRange
 from ptq161.hf import save_packed
 from ptq161.layout import ModelLayout, PackedLinearSpec
 from ptq161.packing import PackedWeight, pack, unpack
+from ptq161.vocabulary import pack_vocabulary, vocabulary_specs
 
 OWNERS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # linears that see the same input
 
@@ -61,11 +63,11 @@ def random_groups(
 def quantize_linears(
     model: PreTrainedModel, keep: Callable[[str], bool] = lambda name: True
 ) -> tuple[ModelLayout, dict[str, Tensor]]:
-    """Pack the linears of a Llama's blocks that `keep` says, a fifth of their columns at 4 bits; the model is left."""
+    """Pack the linears of a model's blocks that `keep` says, a fifth of their columns at 4 bits; the model is left."""
     specs: dict[str, PackedLinearSpec] = {}
     packed: dict[str, Tensor] = {}
     for name, linear in model.named_modules():
-        if not isinstance(linear, nn.Linear) or ".layers." not in name or not keep(name):
+        if not isinstance(linear, nn.Linear) or "." not in name or not keep(name):  # the head has no dot
             continue
         importance = torch.rand(linear.in_features, generator=torch.Generator().manual_seed(linear.in_features))
         mask = salient_columns(importance, linear.in_features // 5)
@@ -79,7 +81,7 @@ def quantize_linears(
 
 def packed_weight(layout: ModelLayout, packed: Mapping[str, Tensor], name: str) -> PackedWeight:
     """One linear of a packed model, column types fetched from their owner."""
-    spec = layout.linears[name]
+    spec = layout.modules[name]
     owner = spec.columns_from or name
     tensors = {t: packed[f"{owner if t == 'column_types' else name}.{t}"] for t in spec.layout.specs()}
     return PackedWeight(spec.layout, tensors)
@@ -88,15 +90,52 @@ def packed_weight(layout: ModelLayout, packed: Mapping[str, Tensor], name: str) 
 @torch.no_grad()
 def install(model: PreTrainedModel, layout: ModelLayout, packed: Mapping[str, Tensor]) -> PreTrainedModel:
     """Put the dense reconstruction into the model: what a loaded packed model must compute."""
-    for name in layout.linears:
+    for name in layout.modules:
         model.get_submodule(name).weight.copy_(reconstruct(unpack(packed_weight(layout, packed, name))))
     return model
 
 
-def write_packed(folder: Path, family: str = "llama", *, dtype: torch.dtype | None = None, tokenizer=None, **options):
+def mixed_linears(
+    model: PreTrainedModel, keep: Callable[[str], bool] = lambda name: True
+) -> tuple[ModelLayout, dict[str, Tensor]]:
+    """As `quantize_linears`, in the mixed format: random 1-bit, ternary and 4-bit codes, the model's weights unread."""
+    specs: dict[str, PackedLinearSpec] = {}
+    packed: dict[str, Tensor] = {}
+    for name, linear in model.named_modules():
+        if not isinstance(linear, nn.Linear) or ".layers." not in name or not keep(name):
+            continue
+        cols = linear.in_features
+        sizes = {"1bit": cols // 4, "ternary": cols - cols // 4 - cols // 8, "4bit": cols // 8}
+        weight = pack(random_groups(linear.out_features, sizes, seed=cols))
+        parent, _, leaf = name.rpartition(".")
+        owner = f"{parent}.{OWNERS[leaf]}" if leaf in OWNERS else None
+        specs[name] = PackedLinearSpec(weight.layout, owner)
+        packed |= {f"{name}.{tensor}": weight.tensors[tensor] for tensor in specs[name].specs()}
+    return ModelLayout(specs), packed
+
+
+def write_packed(
+    folder: Path,
+    family: str = "llama",
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer=None,
+    mixed=False,
+    layers: int | None = None,
+    int8_head=False,
+    **options,
+):
     """Save a packed tiny model and return the dense reconstruction it must equal, in float32."""
-    model = build(FAMILIES[family]())
-    layout, packed = quantize_linears(model)
+    config = FAMILIES[family]()
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    model = build(config)
+    layout, packed = mixed_linears(model) if mixed else quantize_linears(model)
+    if int8_head:
+        layout = replace(layout, vocabulary=vocabulary_specs(model))
+        packed |= pack_vocabulary(model.state_dict(), layout.vocabulary)
     run = {"model": "tiny", "config": {"bits": 1.61}, "timing": {"seconds": 1.0}}
     save_packed(folder, model, layout, packed, dtype=dtype, run=run, tokenizer=tokenizer, **options)
     return install(model, layout, packed)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ptq161.binarize import (
     CODE_WIDTHS,
+    EIGHT_BIT,
     FOUR_BIT,
     ONE_BIT,
     TERNARY,
@@ -24,8 +25,11 @@ from ptq161.binarize import (
     salient_count,
     salient_group,
     stored,
+    symmetric_weight,
 )
 from ptq161.config import SalientRange
+
+MIXED_WIDTHS = (ONE_BIT, TERNARY, FOUR_BIT)
 
 
 def random_weight(rows, cols, seed=0):
@@ -73,7 +77,7 @@ def random_mixed(rows, sizes, seed):
     return QuantizedWeight(
         tuple(
             random_group(columns.sort().values, rows, width, generator, dtype=torch.float32)
-            for columns, width in zip(parts, CODE_WIDTHS.values(), strict=True)
+            for columns, width in zip(parts, MIXED_WIDTHS, strict=True)
         )
     )
 
@@ -243,7 +247,7 @@ def test_reconstruct_equals_the_formula_weight_by_weight(seed, rows, sizes, opti
             generator,
             **dict(zip(("zero", "mean", "row", "col"), chosen, strict=True)),
         )
-        for columns, width, chosen in zip(order.split(sizes), CODE_WIDTHS.values(), optional, strict=True)
+        for columns, width, chosen in zip(order.split(sizes), MIXED_WIDTHS, optional, strict=True)
     )
     dense = reconstruct(QuantizedWeight(groups))
     assert dense.shape == (rows, sum(sizes))
@@ -324,6 +328,40 @@ def test_half_precision_weights_are_quantized_in_float32():
     assert low.equal(full)
 
 
+# One width for all columns: embedding and head
+
+
+def test_symmetric_weight_by_hand():
+    """Scales 1/127, 1 (nothing to scale) and 2; 127 / 2 lies between two levels, and the even digit (190) wins."""
+    weight = torch.tensor([[1.0, -0.5, 0.0], [0.0, 0.0, 0.0], [-254.0, 2.0, 127.0]])
+    (group,) = symmetric_weight(weight, EIGHT_BIT).groups
+    assert group.codes.tolist() == [[127, -64, 0], [0, 0, 0], [-127, 1, 63]]
+    assert group.scale.flatten().tolist() == [pytest.approx(1 / 127, rel=2**-11), 1.0, 2.0]
+    assert group.columns.tolist() == [0, 1, 2] and group.zero is group.mean is group.col is None
+
+
+@given(
+    st.lists(st.floats(-6e4, 6e4, width=32), min_size=1, max_size=12),
+    st.sampled_from([1.0, 1e-3, 1e-6, 1e-9]),
+    st.sampled_from([EIGHT_BIT, TERNARY]),
+)
+def test_symmetric_weight_moves_nothing_by_more_than_half_a_step(values, factor, width):
+    weight = torch.tensor([values]) * factor
+    rounded = symmetric_weight(weight, width)
+    (group,) = rounded.groups
+    assert group.scale.equal(group.scale.half().float())
+    assert (reconstruct(rounded) - weight).abs().max() <= 0.5001 * group.scale
+    largest = weight.abs().max()
+    assert group.scale == 1 or (group.scale * -width.lowest - largest) <= 2**-10 * largest + 2**-24 * 127
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e30])
+def test_a_row_that_cannot_be_scaled_has_no_finite_scale(bad):
+    weight = torch.tensor([[1.0, 2.0], [bad, 1.0]])
+    scale = symmetric_weight(weight, EIGHT_BIT).groups[0].scale
+    assert scale.isfinite().flatten().tolist() == [True, False]
+
+
 # The code widths
 
 
@@ -336,8 +374,9 @@ def test_levels_by_hand():
         "1bit": [-1, 1],
         "ternary": [-1, 0, 1],
         "4bit": [-15, -13, -11, -9, -7, -5, -3, -1, 1, 3, 5, 7, 9, 11, 13, 15],
+        "8bit": list(range(-127, 128)),
     }
-    assert (ONE_BIT.name, TERNARY.name, FOUR_BIT.name) == tuple(CODE_WIDTHS)
+    assert (ONE_BIT.name, TERNARY.name, FOUR_BIT.name, EIGHT_BIT.name) == tuple(CODE_WIDTHS)
 
 
 BY_WIDTH = pytest.mark.parametrize("width", CODE_WIDTHS.values(), ids=lambda width: width.name)

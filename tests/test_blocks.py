@@ -39,7 +39,7 @@ def model_hidden(model, samples):
 def replay(model, samples):
     """The same by way of blocks.py: one sample and one block at a time."""
     _, blocks = decoder_blocks(model)
-    calls = trace(model, blocks, samples, CPU).calls
+    calls = trace(model, blocks, samples).calls
     hidden = first_hidden(model, blocks, samples)
     for block, call in zip(blocks, calls, strict=True):
         hidden = advance(block, call, hidden, CPU)
@@ -59,7 +59,7 @@ def test_bfloat16_model_is_traced_in_float32_and_left_as_it_was(family):
     with without_blocks(blocks):
         model.float()
     before = {name: tensor.clone() for name, tensor in blocks.state_dict().items()}
-    calls = trace(model, blocks, SAMPLES, CPU).calls
+    calls = trace(model, blocks, SAMPLES).calls
     assert all(
         tensor.equal(before[name]) and tensor.dtype == before[name].dtype
         for name, tensor in blocks.state_dict().items()
@@ -77,7 +77,7 @@ def test_bfloat16_model_is_traced_in_float32_and_left_as_it_was(family):
 def test_a_bare_configuration_shows_the_same_shapes_as_the_model(family):
     model = build(FAMILIES[family]())
     prefix, blocks = decoder_blocks(model)
-    assert config_shapes(FAMILIES[family]()) == linear_shapes(model, prefix, blocks, trace(model, blocks, SAMPLES, CPU))
+    assert config_shapes(FAMILIES[family]()) == linear_shapes(model, prefix, blocks, trace(model, blocks, SAMPLES))
 
 
 SHARED_INPUTS = {
@@ -95,13 +95,13 @@ SHARED_INPUTS = {
 def test_linears_with_the_same_input_are_found(family):
     model = build(FAMILIES[family]())
     _, blocks = decoder_blocks(model)
-    assert trace(model, blocks, SAMPLES, CPU).columns_from == [SHARED_INPUTS[family]] * len(blocks)
+    assert trace(model, blocks, SAMPLES).columns_from == [SHARED_INPUTS[family]] * len(blocks)
 
 
 def test_linear_shapes_name_every_linear_and_its_owner_in_full():
     model = build(FAMILIES["llama"]())
     prefix, blocks = decoder_blocks(model)
-    shapes = linear_shapes(model, prefix, blocks, trace(model, blocks, SAMPLES, CPU))
+    shapes = linear_shapes(model, prefix, blocks, trace(model, blocks, SAMPLES))
     expected = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
     assert set(shapes) == expected
     up = shapes["model.layers.1.mlp.up_proj"]
@@ -139,7 +139,7 @@ def test_model_that_skips_a_block_is_refused():
     _, blocks = decoder_blocks(model)
     model.model.config.num_hidden_layers = 1
     with pytest.raises(UnsupportedModel, match="1 of its 2 decoder blocks"):
-        trace(model, blocks, SAMPLES, CPU)
+        trace(model, blocks, SAMPLES)
 
 
 def test_model_with_two_lists_of_decoder_blocks_is_refused():
@@ -158,13 +158,13 @@ def test_block_inputs_that_depend_on_the_tokens_are_refused():
 
     blocks[1].register_forward_pre_hook(per_token_argument, with_kwargs=True, prepend=True)
     with pytest.raises(UnsupportedModel, match="block 1 of LlamaForCausalLM receives inputs that depend on the tokens"):
-        trace(model, blocks, SAMPLES, CPU)
+        trace(model, blocks, SAMPLES)
 
 
 def test_call_with_replaced_weights_leaves_the_block_alone():
     model = build(FAMILIES["llama"]())
     _, blocks = decoder_blocks(model)
-    call = trace(model, blocks, SAMPLES, CPU).calls[0]
+    call = trace(model, blocks, SAMPLES).calls[0]
     hidden = first_hidden(model, blocks, SAMPLES)[:1]
     before = blocks[0].mlp.down_proj.weight.clone()
     plain = call(blocks[0], hidden)
@@ -192,7 +192,7 @@ def test_watched_inputs_are_the_ones_the_linears_saw():
     model = build(FAMILIES["llama"]())
     _, blocks = decoder_blocks(model)
     linears = block_linears(model, 0, blocks[0])
-    call = trace(model, blocks, SAMPLES, CPU).calls[0]
+    call = trace(model, blocks, SAMPLES).calls[0]
     hidden = first_hidden(model, blocks, SAMPLES)
     with watch_inputs(linears) as stats:
         advance(blocks[0], call, hidden, CPU)

@@ -169,6 +169,8 @@ def test_both_bits_and_ratio_on_one_layer():
         (["eval", "M"], "required: --ppl"),
         (["eval", "M", "--ppl", "t.txt", "--out", "no/such/folder/r.jsonl"], "its folder does not exist"),
         (["generate", "M"], "required: --prompt"),
+        (["serve", "M", "--port", "80000"], "argument --port: '80000': expected a port number, 0 to 65535"),
+        (["serve", "M", "--port", "http"], "argument --port: 'http': expected a port number, 0 to 65535"),
         (["generate", "M", "--prompt", "x", "--mode", "dens"], "unknown --mode 'dens' (did you mean 'dense'?)"),
     ],
 )
@@ -204,6 +206,8 @@ def test_argument_module_knows_every_command():
             "inspect": [],
             "verify": [],
             "generate": ["--prompt", "x"],
+            "chat": [],
+            "serve": [],
             "bench": [],
         }.items()
     }
@@ -294,6 +298,7 @@ def test_warning_names_every_block_that_got_no_better(capsys):
     result = {
         **{"bits_per_weight": 1.61, "paper_bits": None, "file_bytes": 5, "quantized_weights": 9, "dense_linears": 0},
         **{"salient_ratio": 0.2, "seconds": 1.0, "peak_rss_bytes": 1, "blocks": blocks},
+        **{"vocabulary_bits": None, "embedding_bytes": 2, "head_bytes": 0},
         "distillation": None,
     }
     terminal.show_quantized(terminal.console(), result, None, [])
@@ -312,6 +317,27 @@ def test_dry_run_writes_nothing(ptq161, packed, tmp_path, llama_folder, calibrat
     status, out, _ = ptq161(*words)
     assert status == 0 and "peak memory, about" in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_int8_head_from_plan_to_file(ptq161, packed, tmp_path, llama_folder, calibration_file):
+    words = ["quantize", llama_folder, tmp_path / "out", "--calib", calibration_file, *QUICK, "--head", "int8"]
+    status, out, err = ptq161(*words, "--dry-run", "--json")
+    assert status == 0, err
+    plan = json.loads(out)
+    assert plan["vocabulary_bits"] == 8.5 and packed[0]["vocabulary_bits"] is None
+    assert plan["bits_per_weight"] == packed[0]["bits_per_weight"]
+    status, out, err = ptq161(*words)
+    assert status == 0 and "int8: 8.50 bits per weight, counted apart" in out, err
+    status, out, _ = ptq161("inspect", tmp_path / "out")
+    assert status == 0 and "embedding (int8)" in out and "head (int8)" in out
+    assert ptq161("verify", tmp_path / "out")[0] == 0
+    status, out, _ = ptq161("inspect", llama_folder, "--head", "int8", "--salient-ratio", "0.25", "--json")
+    sizes = json.loads(out)
+    assert (sizes["vocabulary_bits"], sizes["embedding_bytes"]) == (8.5, plan["embedding_bytes"])
+    status, out, err = ptq161("inspect", tmp_path / "out", "--head", "int8")
+    assert (status, out) == (2, "") and "is packed already" in err[-1]
+    status, out, err = ptq161(*words[:-1], "int9", "--overwrite")
+    assert (status, out) == (2, "") and "did you mean 'int8'" in err[-1]
 
 
 def test_quiet_says_nothing_on_stderr(ptq161, tmp_path, llama_folder, calibration_file):
@@ -480,9 +506,11 @@ def tampered(packed, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("command", ["eval", "generate"])
+@pytest.mark.parametrize("command", ["eval", "generate", "chat", "serve"])
 def test_tampered_checkpoint_does_not_load(refused, tampered, evaluation_file, command):
-    more = {"eval": ["--ppl", evaluation_file], "generate": ["--prompt", "The"]}[command]
+    more = {"eval": ["--ppl", evaluation_file], "generate": ["--prompt", "The"], "serve": ["--port", "0"]}.get(
+        command, []
+    )
     line = refused(command, tampered, *more, "--device", "cpu")
     assert "model.safetensors" in line and "tensor model.layers" in line
 

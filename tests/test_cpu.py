@@ -13,11 +13,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from packed import random_groups
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptq161.binarize import CODE_WIDTHS, reconstruct
 from ptq161.errors import InputError
-from ptq161.kernels import cpu, cpu_kernels, tile, tiled_linear, untile
+from ptq161.kernels import (
+    ReadyWeight,
+    TileMemory,
+    cpu,
+    cpu_kernels,
+    memory,
+    native,
+    tile,
+    tiled_linear,
+    tiled_rows,
+    tiles,
+    untile,
+)
 from ptq161.layout import PackedLinearSpec
 from ptq161.linear import PackedLinear
 from ptq161.packing import pack, unpack
@@ -36,8 +50,12 @@ SHAPES = [
     (100, {"1bit": 33, "ternary": 17, "4bit": 9}, True),
     (192, {"1bit": 183, "ternary": 365, "4bit": 28}, False),
     (257, {"1bit": 1025}, True),
+    (70, {"8bit": 301}, False),
+    (33, {"1bit": 20, "8bit": 131, "4bit": 9}, True),
 ]
+EIGHT_BIT = SHAPES[10]
 LARGE = [(4096, {"1bit": 3285, "4bit": 811}, True), (11008, {"1bit": 1264, "ternary": 2624, "4bit": 208}, False)]
+LARGE += [(8192, {"8bit": 2048}, False)]
 LIMIT = {"int8": 2e-2, "exact": 1e-5}
 
 
@@ -237,7 +255,7 @@ def test_tiny_and_huge_activations(kernel):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4], SHAPES[7]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4], SHAPES[7], EIGHT_BIT], ids=str)
 def test_opcheck(shape, dtype):
     tiled = tile(weight_of(shape))
     layout = cpu.as_integers(tiled.layout)
@@ -261,6 +279,88 @@ def test_gradients_equal_those_of_the_dense_linear():
         results.append((x.grad, bias.grad))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@needs_native
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_native_tiles_equal_the_definition(shape):
+    packed = weight_of(shape)
+    expected, made = tiles.tile(packed), native.tile(packed)
+    assert torch.equal(made.tiles, expected.tiles)
+    back = native.untile(made).tensors
+    assert all(torch.equal(back[name], tensor) for name, tensor in tiles.untile(expected).tensors.items())
+
+
+def test_linears_share_memory_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(memory, "_CHUNK", 1000)
+    place, chunk = TileMemory(), 2 * 2**20
+    taken = [place.take(count, nbytes) for count, nbytes in [(3, 5), (1, 64), (7, 10), (chunk, 3), (2, 6)]]
+    assert all(tensor.data_ptr() % 64 == 0 and not tensor.any() for tensor in taken)
+    assert taken[1].data_ptr() == taken[0].data_ptr() + 64
+    for value, tensor in enumerate(taken):
+        tensor.fill_(value)
+    assert [tensor.unique().tolist() for tensor in taken] == [[value] for value in range(5)]
+    del place
+    assert taken[2].tolist() == [[2] * 10] * 7
+
+
+# A weight made ready: the way around torch's dispatcher
+
+
+class Seen(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.functions = [*getattr(self, "functions", []), str(function)]
+        return function(*args, **kwargs or {})
+
+
+@needs_native
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_ready_weight_computes_what_the_op_does(dtype, exact):
+    weight = tile(weight_of(SHAPES[7]))
+    ready, bias = ReadyWeight(weight), torch.randn(weight.layout.rows)
+    for x in (torch.randn(weight.layout.cols), torch.randn(2, 3, 2 * weight.layout.cols)[..., ::2], torch.randn(0, 59)):
+        x = x.to(dtype)
+        for added in (None, bias):
+            expected = tiled_linear(x, weight, added, exact=exact)
+            assert torch.equal(ready.linear(x, added, exact=exact), expected)
+
+
+@needs_native
+def test_a_ready_weight_is_seen_by_whoever_looks():
+    weight = tile(weight_of(SHAPES[7]))
+    ready, x = ReadyWeight(weight), torch.randn(3, weight.layout.cols)
+    y = ready.linear(x, None, exact=True)
+    with Seen() as seen:
+        ready.linear(x, None, exact=True)
+    assert seen.functions == ["ptq161.tiled_linear.default"]
+    x.requires_grad_()
+    assert ready.linear(x, None, exact=True).requires_grad
+    with torch.no_grad():
+        assert not ready.linear(x, None, exact=True).requires_grad
+    bias = torch.randn(weight.layout.rows, requires_grad=True)
+    assert ready.linear(x.detach(), bias, exact=True).requires_grad
+    with pytest.raises(RuntimeError, match="functorch"):  # as from the op, which has no rule for it
+        torch.func.grad(lambda x: ready.linear(x, None, exact=True).sum())(x.detach())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = ready.linear(mode.from_tensor(x.detach()), None, exact=True)
+        assert type(fake) is not torch.Tensor and fake.shape == y.shape
+
+
+@needs_native
+def test_a_ready_weight_refuses_what_the_op_refuses():
+    weight = tile(weight_of(SHAPES[7]))
+    ready, cols = ReadyWeight(weight), weight.layout.cols
+    for x in (torch.randn(3, cols + 1), torch.randn(()), torch.ones(3, cols, dtype=torch.int64)):
+        with torch.no_grad(), pytest.raises(InputError, match="got x as"):
+            ready.linear(x, None, exact=False)
+    with torch.no_grad(), pytest.raises(InputError, match="got bias as"):
+        ready.linear(torch.randn(3, cols), torch.randn(7), exact=False)
+    weight.order.data = weight.order.to(torch.int16)
+    with torch.no_grad(), pytest.raises(InputError, match="got order as"):
+        ready.linear(torch.randn(3, cols), None, exact=False)
+    with pytest.raises(InputError, match="got order as"):
+        ReadyWeight(weight)
 
 
 # The module
@@ -297,10 +397,14 @@ def test_a_tiled_module_loads_copies_and_moves():
     shape = (40, {"1bit": 20, "ternary": 30, "4bit": 7}, True)
     packed, other = weight_of(shape), pack(random_groups(*shape[:2], paper=True, seed=9))
     pair = sharing(packed)
+    pair["owner"](torch.randn(1, packed.layout.cols))  # makes the weight ready, which copies do not share
     copied = copy.deepcopy(pair)
     assert copied["sharer"].order is copied["owner"].order and copied["owner"].order is not pair["owner"].order
     x = torch.randn(3, packed.layout.cols)
     assert torch.equal(copied["sharer"](x), pair["sharer"](x))
+    copied["owner"].tiles = copied["owner"].tiles.clone().zero_()
+    assert not copied["owner"](x).any() and pair["owner"](x).any()
+    copied = copy.deepcopy(pair)
     assert torch.equal(pair.to(torch.bfloat16)["owner"](x), copied["owner"](x))
     buffer = io.BytesIO()
     torch.save(PackedLinear.of(other).state_dict(), buffer)
@@ -403,6 +507,43 @@ def test_an_order_that_leads_outside_is_an_error(channel, exact):
             tiled_linear(torch.zeros(tokens, 59), replace(tiled, order=order), exact=exact)
 
 
+# Looking rows up
+
+
+@pytest.mark.parametrize("shape", [EIGHT_BIT, SHAPES[1], SHAPES[2], (64, {"4bit": 37}, False)], ids=str)
+@pytest.mark.parametrize("batch", [(), (0,), (5,), (2, 3)], ids=str)
+def test_rows_of_tiles_are_the_rows_of_the_weight(shape, batch):
+    packed = weight_of((*shape[:2], False))
+    rows = torch.randint(packed.layout.rows, batch, generator=torch.Generator().manual_seed(0))
+    found = tiled_rows(rows, tile(packed))
+    assert torch.equal(found, reconstruct(unpack(packed))[rows])
+    assert torch.equal(tiled_rows(rows.int(), tile(packed)), found)
+
+
+def test_row_opcheck():
+    tiled = tile(weight_of(EIGHT_BIT))
+    rows = torch.tensor([[0, 69], [31, 32]])
+    torch.library.opcheck(torch.ops.ptq161.tiled_rows.default, (rows, tiled.tiles, cpu.as_integers(tiled.layout)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "match"),
+    [
+        (EIGHT_BIT, torch.tensor([3, -1]), "row -1 is out of range: there are 70"),
+        (EIGHT_BIT, torch.tensor([70]), "row 70 is out of range"),
+        (EIGHT_BIT, torch.tensor([2**62]), "out of range"),
+        (EIGHT_BIT, torch.tensor([1.0]), "row numbers as torch.float32"),
+        (EIGHT_BIT, torch.tensor([1], device="meta"), "on meta"),
+        (SHAPES[3], torch.tensor([1]), "one column group"),
+        (SHAPES[9], torch.tensor([1]), "one column group"),
+    ],
+)
+def test_wrong_rows_are_refused(shape, rows, match):
+    tiled = tile(weight_of(shape))
+    with pytest.raises(InputError, match=match):
+        torch.ops.ptq161.tiled_rows(rows, tiled.tiles, cpu.as_integers(tiled.layout))
+
+
 @needs_native
 def test_strided_activations_and_bias():
     packed = weight_of(SHAPES[7])
@@ -452,6 +593,7 @@ def test_native_sizes_are_checked_again(data):
         (2**63, [(1, 8, -1.0, 2.0, False, False)]),
         (6, []),
         (6, [(3, 8, -1.0, 2.0, False, False)]),
+        (6, [(16, 8, -1.0, 2.0, False, False)]),
         (6, [(1, 0, -1.0, 2.0, False, False)]),
         (6, [(1, 2**29, -1.0, 2.0, False, False)]),
         (6, [(1, 8, -1.0, 2.0, False, False)] * 17),
@@ -462,6 +604,36 @@ def test_native_sizes_are_checked_again(data):
 def test_native_layouts_are_checked(rows, groups):
     with pytest.raises((ValueError, TypeError)):
         cpu.native.Layout(rows, groups)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "change",
+    [
+        {0: 7},
+        {0: -1},
+        {0: 2**70},
+        {1: 3},
+        {1: 1},
+        {1: 257},
+        {2: (0, 6)},
+        {2: (1, 5)},
+        {3: (0, 0)},
+        {3: (1, 3)},
+        {4: 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["codes_to_tiles", "codes_from_tiles"])
+def test_native_codes_are_checked(name, change):
+    codes, tiled = torch.zeros(6, 1, dtype=torch.uint8), torch.zeros(1, 256, dtype=torch.uint8)
+    layout = cpu.native.Layout(6, [(1, 8, -1.0, 2.0, False, False)])
+    assert (layout.tiles, layout.tile_bytes) == (1, 192)
+    right = [0, 2, (codes.data_ptr(), 6), (tiled.data_ptr(), 192), 1]
+    call = getattr(cpu.native, name)
+    call(layout, *right)
+    with pytest.raises((ValueError, TypeError)):
+        call(layout, *(change.get(place, value) for place, value in enumerate(right)))
 
 
 @needs_native

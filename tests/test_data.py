@@ -165,6 +165,9 @@ def test_an_unreadable_file_is_named(tmp_path):
         ("x.jsonl", b'["text"]\n', "line 1 has no text"),
         ("x.jsonl", b'{"text": 5}\n', "line 1 has no text"),
         ("x.jsonl", b'{"text": ""}\n', "has no text in it"),
+        ("x.jsonl", b'{"text": "\\ud800"}', "half a surrogate pair"),
+        ("x.jsonl", b"[" * 200_000, "line 1 is not JSON"),
+        ("x.jsonl", b"9" * 5000, "line 1 is not JSON"),
         ("x.parquet", b"PAR1 not really", "is not a readable Parquet file"),
     ],
 )
@@ -180,6 +183,21 @@ def test_parquet_without_text_in_every_row_is_refused(tmp_path, columns):
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
     with pytest.raises(InputError, match="column `text`"):
         text_of(tmp_path / "x.parquet")
+
+
+def test_parquet_that_unpacks_to_much_more_than_its_size_is_refused(tmp_path):
+    text = pyarrow.DictionaryArray.from_arrays(pyarrow.repeat(0, 20_000), ["word " * 2000])
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": text}).cast(pyarrow.schema({"text": "string"})), tmp_path / "x.parquet"
+    )
+    with pytest.raises(InputError, match="unpacks to more than 500 times its size"):
+        text_of(tmp_path / "x.parquet")
+
+
+def test_pipes_are_no_text(tmp_path):
+    os.mkfifo(tmp_path / "x.txt")
+    with pytest.raises(InputError, match="not a regular file"):
+        text_of(tmp_path / "x.txt")
 
 
 # Tokens

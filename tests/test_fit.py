@@ -52,7 +52,7 @@ def block_task(family="llama", samples=4, seq=12):
     model = build(FAMILIES[family]()).requires_grad_(False)
     _, blocks = decoder_blocks(model)
     tokens = torch.randint(4, VOCABULARY, (samples, seq), generator=generator)
-    traced = trace(model, blocks, tokens, CPU)
+    traced = trace(model, blocks, tokens)
     hidden = first_hidden(model, blocks, tokens)
     drifted = hidden + 0.05 * torch.randn(hidden.shape, generator=generator)
     linears = block_linears(model, 0, blocks[0])
@@ -63,6 +63,7 @@ def block_task(family="llama", samples=4, seq=12):
         block=blocks[0],
         linears=linears,
         columns_from=traced.columns_from[0],
+        full_in=hidden,
         quantized_in=drifted,
         full_out=full_out,
         local_out=advance(blocks[0], traced.calls[0], drifted, CPU),

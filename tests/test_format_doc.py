@@ -12,7 +12,7 @@ from test_packing import mixed_layout
 from ptq161.binarize import CODE_WIDTHS, CodeWidth, ColumnGroup, QuantizedWeight, reconstruct
 from ptq161.budget import paper_layout
 from ptq161.folder import tensor_checksum
-from ptq161.layout import ModelLayout, PackedLinearSpec
+from ptq161.layout import ModelLayout, PackedLinearSpec, vocabulary_spec
 from ptq161.packing import FORMAT_VERSION, LinearLayout, codes_per_byte, pack, pack_codes, unpack
 
 PAGE = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
@@ -154,8 +154,15 @@ def test_size_formula_of_the_mixed_layer(rows, binarized, ternary, salient):
     assert size == sum(spec.nbytes for spec in mixed_layout(rows, binarized, ternary, salient).specs().values())
 
 
+def test_sizes_of_the_embedding():
+    line = re.search(r"A (\d+) x (\d+) embedding takes .* = (\d+) bytes, [^=]* = ([\d.]+) bits a weight", PAGE).groups()
+    layout = ModelLayout({}, {"embedding": vocabulary_spec(int(line[0]), int(line[1]))})
+    assert sum(spec.nbytes for spec in layout.tensor_specs().values()) == int(line[2])
+    assert f"{layout.vocabulary_bits:.2f}" == line[3]
+
+
 def test_config_fields(tmp_path):
-    write_packed(tmp_path)
+    write_packed(tmp_path, int8_head=True)
     quantization = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert [row[0] for row in table("field | meaning")] == sorted(
         quantization, key=[r[0] for r in table("field | meaning")].index

@@ -5,8 +5,13 @@ import torch
 from families import FAMILIES, build
 
 from ptq161.errors import InputError
-from ptq161.generation import stream
+from ptq161.generation import Sampling
+from ptq161.generation import stream as stream_tokens
 from ptq161.sources import open_model
+
+
+def stream(model, tokenizer, prompt, on_text=lambda text: None, **sampling):
+    return stream_tokens(model, tokenizer, tokenizer(prompt)["input_ids"], Sampling(**sampling), on_text=on_text)
 
 
 @pytest.fixture(scope="module")

@@ -421,24 +421,50 @@ def test_a_bad_unquantized_tensor_is_named_without_checksums(folder):
         (lambda tensors: tensors.update(stray=torch.ones(2)), "stray does not belong"),
     ],
 )
-def test_load_wants_exactly_the_models_tensors(folder, change, match):
+@pytest.mark.parametrize("loader", [hf.load, AutoModelForCausalLM.from_pretrained])
+def test_the_files_hold_exactly_the_models_tensors(folder, loader, change, match):
     rewrite(folder, change)
     with pytest.raises(CheckpointError, match=match):
-        hf.load(folder)
+        loader(folder)
 
 
-def test_load_verifies_checksums(folder):
+@pytest.mark.parametrize("loader", [hf.load, AutoModelForCausalLM.from_pretrained])
+def test_checksums_are_verified(folder, loader):
     file = folder / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"model.safetensors: tensor .* is not as it was saved"):
-        hf.load(folder)
+        loader(folder)
+
+
+def test_no_config_can_claim_to_be_checked(folder):
+    reconfigure(folder, lambda quantization: quantization.update(checked=hf.Checked.BY_LOAD))
+    with pytest.raises(CheckpointError, match=r"config.json: is not as it was saved"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("loader", [hf.load, AutoModelForCausalLM.from_pretrained])
+def test_a_table_of_absurd_size_is_refused_before_it_is_made(folder, loader, monkeypatch):
+    monkeypatch.setattr("ptq161.contents.MAX_TABLE_BYTES", 8)
+    with pytest.raises(CheckpointError, match=r"makes model.rotary_emb.\w+ a table of \d+ bytes"):
+        loader(folder)
+
+
+def test_a_file_whose_tensors_begin_at_an_odd_byte_computes_the_same(tmp_path):
+    expected = write_packed(tmp_path / "model", "llama-tied")
+    file = tmp_path / "model" / "model.safetensors"
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    file.write_bytes((end - 7).to_bytes(8, "little") + content[8:end] + b" " + content[end:])
+    model = hf.load(tmp_path / "model", mode="packed", activations="float32")
+    torch.testing.assert_close(logits(model), logits(expected))
 
 
 def test_layout_that_does_not_fit_the_model(folder):
     with pytest.raises(CheckpointError, match="architectures"):
         AutoModel.from_pretrained(folder)
+    rewrite(folder, lambda tensors: None)
     config = config_of(folder)
     config["num_hidden_layers"] = 1
     (folder / "config.json").write_text(json.dumps(config))

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from ptq161.inspection import inspect, predict
 from ptq161.layout import paper_bits
 from ptq161.packing import TensorSpec, pack
 from ptq161.saving import save_packed
+from ptq161.vocabulary import pack_vocabulary, vocabulary_specs
 
 CONFIGS = Path(__file__).parent / "configs"
 RATIO = 0.25
@@ -158,11 +160,11 @@ def test_unknown_method_is_named(llama_folder):
         inspect(llama_folder, method="mixd")
 
 
-def packed_model(folder, family, tokenizer, *, dtype=torch.bfloat16, blocks=(0, 2), **saving):
+def packed_model(folder, family, tokenizer, *, dtype=torch.bfloat16, blocks=(0, 2), int8_head=False, **saving):
     """Save a tiny model packed without calibration: (model, layout)."""
     model = build(FAMILIES[family]())
     prefix, block_list = decoder_blocks(model)
-    traced = trace(model, block_list, torch.zeros(1, 4, dtype=torch.int64), torch.device("cpu"))
+    traced = trace(model, block_list, torch.zeros(1, 4, dtype=torch.int64))
     shapes = linear_shapes(model, prefix, block_list, traced)
     wanted = tuple(f"{prefix}.{index}." for index in range(*blocks))
     layout = model_layout({name: s for name, s in shapes.items() if name.startswith(wanted)}, RATIO, row_mean=True)
@@ -172,6 +174,9 @@ def packed_model(folder, family, tokenizer, *, dtype=torch.bfloat16, blocks=(0, 
         salient = salient_columns(torch.arange(weight.shape[1]).float(), salient_count(RATIO, weight.shape[1]))
         tensors = pack(quantize_weight(weight, salient, salient_range=SalientRange.ROW, row_mean=True)).tensors
         packed |= {f"{name}.{tensor}": tensors[tensor] for tensor in spec.specs()}
+    if int8_head:
+        layout = replace(layout, vocabulary=vocabulary_specs(model))
+        packed |= pack_vocabulary(model.state_dict(), layout.vocabulary)
     save_packed(folder, model, layout, packed, dtype=dtype, run={}, tokenizer=tokenizer, **saving)
     return model, layout
 
@@ -211,6 +216,28 @@ def test_prediction_and_measurement_are_the_files_on_disk(tmp_path, tokenizer, f
     assert tied == (family in {"llama-tied", "gemma2", "opt"})
     assert measured["embedding_bytes"] == embedding.numel() * width
     assert measured["head_bytes"] == (0 if tied else embedding.numel() * width)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma3", "gpt-neox"])
+def test_int8_head_is_predicted_and_counted_apart(tmp_path, tokenizer, family):
+    model, layout = packed_model(tmp_path / "packed", family, tokenizer, int8_head=True)
+    measured = inspect(tmp_path / "packed")
+    assert_adds_up(measured)
+    assert predict(model, layout, torch.bfloat16) == measured | {"measured": False}
+    (tmp_path / "config.json").write_text(FAMILIES[family]().to_json_string())
+    plain = inspect(tmp_path / "config.json", salient_ratio=RATIO)
+    assert inspect(tmp_path / "config.json", salient_ratio=RATIO, head="int8") == measured | {"measured": False}
+    assert (measured["bits_per_weight"], measured["parts"]) == (plain["bits_per_weight"], plain["parts"])
+    assert (measured["vocabulary_bits"], plain["vocabulary_bits"]) == (8.5, None)
+    saved = sum(plain[key] - measured[key] for key in ("embedding_bytes", "head_bytes"))
+    assert plain["other_bytes"] - measured["other_bytes"] == saved > 0
+
+
+def test_unknown_heads_are_refused(llama_folder, packed_folder):
+    with pytest.raises(InputError, match="head='int9': expected keep or int8"):
+        inspect(llama_folder, head="int9")
+    with pytest.raises(InputError, match="packed already"):
+        inspect(packed_folder, head="int8")
 
 
 def test_prediction_from_the_config_is_the_file_on_disk(llama_folder, packed_folder):

@@ -1,6 +1,7 @@
 """What config.json carries: sizes against real tensors, a JSON round trip, and hostile JSON refused."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from test_binarize import random_quantized
 
 from ptq161.budget import paper_layout
 from ptq161.errors import CheckpointError
-from ptq161.layout import ModelLayout, PackedLinearSpec, paper_bits
+from ptq161.layout import ModelLayout, PackedLinearSpec, paper_bits, vocabulary_spec
 from ptq161.packing import FORMAT_VERSION, pack
 
 
@@ -126,6 +127,52 @@ HOSTILE = {
     "zero number": at(*GROUP, "zero", 1),
     "col missing": without(*GROUP, "col"),
 }
+
+
+def with_vocabulary():
+    return dataclasses.replace(
+        small_layout(), vocabulary={"embed": vocabulary_spec(100, 8), "head": vocabulary_spec(90, 8)}
+    )
+
+
+def test_vocabulary_survives_json_and_counts_in_no_bits():
+    plain, layout = small_layout(), with_vocabulary()
+    assert ModelLayout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
+    assert (layout.parts(), layout.bits_per_weight, layout.quantized_weights, layout.paper_bits) == (
+        plain.parts(),
+        plain.bits_per_weight,
+        plain.quantized_weights,
+        plain.paper_bits,
+    )
+    assert plain.vocabulary_bits is None and layout.vocabulary_bits == 8 + 16 / 8
+    assert "vocabulary" not in plain.to_dict()
+    added = layout.tensor_specs().keys() - plain.tensor_specs().keys()
+    assert added == {"embed.weight", "embed.scale_0", "head.weight", "head.scale_0"}
+    assert layout.tensor_specs()["embed.weight"].shape == (100, 8)
+
+
+VOCABULARY_GROUP = ("layouts", -1, "groups", 0)
+HOSTILE_VOCABULARY = {
+    "list": at("vocabulary", []),
+    "null": at("vocabulary", None),
+    "index too large": at("vocabulary", "embed", "layout", 99),
+    "of a linear's layout": at("vocabulary", "embed", "layout", 0),
+    "a linear's name": lambda data: data["vocabulary"].update({"layers.0.q": data["vocabulary"]["embed"]}),
+    "shared columns": at("vocabulary", "embed", "columns_from", "head"),
+    "another width": at(*VOCABULARY_GROUP, "width", "4bit"),
+    "with a zero": at(*VOCABULARY_GROUP, "zero", True),
+    "rows huge": at("layouts", -1, "rows", 2**40),
+    "cols huge": at(*VOCABULARY_GROUP, "cols", 2**63),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_VOCABULARY)
+def test_hostile_vocabulary_is_refused(kind):
+    data = copy.deepcopy(json.loads(json.dumps(with_vocabulary().to_dict())))
+    HOSTILE_VOCABULARY[kind](data)
+    with pytest.raises(CheckpointError, match="malformed") as error:
+        ModelLayout.from_dict(data)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", HOSTILE)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from packed import random_groups
 from test_binarize import random_group, random_mixed, random_quantized, random_weight
 
 from ptq161 import packing
@@ -254,3 +255,11 @@ def test_layout_is_read_off_a_weight():
             GroupLayout("4bit", 2, zero=True, mean=False, col=False),
         ),
     )
+
+
+@pytest.mark.parametrize("name", ["weight", "weight_1", "zero_1", "column_types"])
+def test_padding_must_be_zero(name):
+    packed = pack(random_groups(3, {"1bit": 4, "4bit": 3}, paper=True))
+    assert not list(problems(packed.layout, packed.tensors))
+    packed.tensors[name].view(-1)[-1] |= 0x80
+    assert list(problems(packed.layout, packed.tensors)) == [(name, "has padding that is not zero")]

@@ -22,9 +22,11 @@ from ptq161.checkpoint import WorkFolder
 from ptq161.config import CalibrationConfig, QuantConfig
 from ptq161.data import calibration_tokens
 from ptq161.discovery import decoder_blocks, first_hidden, trace
-from ptq161.errors import InputError, NonFiniteError, Ptq161Error
+from ptq161.errors import InputError, NonFiniteError, Ptq161Error, UnsupportedModule
 from ptq161.fit import objective
+from ptq161.inspection import inspect
 from ptq161.layout import ModelLayout
+from ptq161.verify import verify
 
 SETTINGS = {
     "preset": "paper",
@@ -155,7 +157,7 @@ def test_last_loss_is_that_of_the_factors_in_the_file(finished, source, calibrat
     stored = ptq161.load(out, mode="dense")
     _, blocks = decoder_blocks(original)
     _, stored_blocks = decoder_blocks(stored)
-    calls = trace(original, blocks, tokens, device).calls
+    calls = trace(original, blocks, tokens).calls
     full = quantized = first_hidden(original, blocks, tokens)
     for block, stored_block, call, record in zip(blocks, stored_blocks, calls, result["blocks"], strict=True):
         full, local = advance(block, call, full, device), advance(block, call, quantized, device)
@@ -414,6 +416,45 @@ def test_parents_of_out_are_made(run, tmp_path):
     assert ptq161.load(tmp_path / "a" / "b" / "out")
 
 
+# Streams in files
+
+
+@pytest.mark.parametrize("block", [None, 2])
+def test_offloaded_streams_give_the_same_bytes_also_when_continued(finished, run, tmp_path, block):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    if block is not None:
+        with pytest.raises(Interruption):
+            run(tmp_path / "out", offload=scratch, on_progress=interrupt(block, "learn"))
+    run(tmp_path / "out", offload=scratch)
+    assert_same_checkpoint(finished[1], tmp_path / "out")
+    assert list(scratch.iterdir()) == []
+
+
+def test_offload_folder_that_does_not_exist_is_refused(run, tmp_path):
+    with pytest.raises(InputError, match=r"--offload .*nowhere: expected a folder that exists"):
+        run(tmp_path / "out", offload=tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_publication_that_was_cut_off_is_completed_by_the_next_command(finished, run, tmp_path, monkeypatch, renamed):
+    def killed(work):
+        if renamed:
+            work.result.rename(work.out)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "complete", lambda work: killed(work) if work.result.exists() else None)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out")
+    assert (tmp_path / "out").exists() == renamed
+    with pytest.raises(InputError, match="out exists"):
+        run(tmp_path / "out")
+    assert_same_checkpoint(finished[1], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 # Some blocks only
 
 
@@ -561,3 +602,43 @@ def test_dry_run_predicts_the_file_and_touches_nothing(run, source, tmp_path, mo
 def test_dry_run_refuses_what_the_run_would(source):
     with pytest.raises(InputError, match="cannot be reached"):
         pipeline.plan(source, **SETTINGS | {"salient_ratio": None, "bits": 1.61})
+
+
+# --head int8
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_int8_head_is_planned_and_written_and_leaves_the_bits_alone(
+    run, family, model_folder, calibration_file, tmp_path
+):
+    model, out = model_folder(family), tmp_path / "int8"
+    plain, result = run(tmp_path / "plain", model=model), run(out, model=model, head="int8")
+    assert (result["bits_per_weight"], plain["vocabulary_bits"]) == (plain["bits_per_weight"], None)
+    assert result["vocabulary_bits"] == 8 + 16 / 32
+    matrix = VOCABULARY * 32 + 2 * VOCABULARY
+    assert (result["embedding_bytes"], result["head_bytes"]) == (matrix, matrix if family == "llama" else 0)
+    planned = pipeline.plan(model, calib=str(calibration_file), **SETTINGS, head="int8")
+    for sizes in (planned, inspect(out)):
+        assert {key: sizes[key] for key in pipeline.SIZES} == {key: result[key] for key in pipeline.SIZES}
+    sizes = inspect(out)
+    assert sum(sizes["parts"].values()) + sizes["other_bytes"] + sizes["header_bytes"] == sizes["file_bytes"]
+    assert result["file_bytes"] == sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert verify(out)["ok"]
+    card, record = (out / "README.md").read_text(), json.loads((out / "run.json").read_text())
+    assert "Embedding and head, which do not count there, are int8" in card and "8.50 bits per weight" in card
+    assert record["config"]["head"] == "int8"
+    assert "as they are" in (tmp_path / "plain" / "README.md").read_text()
+    linears = [load_file(path / "model.safetensors") for path in (out, tmp_path / "plain")]
+    names = [name for name in linears[0] if ".layers." in name]
+    assert names and all(linears[0][name].equal(linears[1][name]) for name in names)
+
+
+def test_int8_head_of_an_unknown_embedding_is_refused_before_anything_is_written(source, tokenizer, run, tmp_path):
+    class Normed(torch.nn.Embedding):
+        pass
+
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.set_input_embeddings(Normed(VOCABULARY, 32))
+    with pytest.raises(UnsupportedModule, match="is Normed"):
+        run(tmp_path / "out", model=model, tokenizer=tokenizer, head="int8")
+    assert list(tmp_path.iterdir()) == []

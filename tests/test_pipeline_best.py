@@ -11,7 +11,7 @@ from test_pipeline import Interruption, assert_same_checkpoint, contents
 from transformers import AutoModelForCausalLM
 
 import ptq161
-from ptq161 import distill, pipeline
+from ptq161 import distill, pipeline, tuning
 from ptq161.errors import InputError, NonFiniteError, Ptq161Error
 from ptq161.layout import ModelLayout
 
@@ -51,13 +51,13 @@ def finished(tmp_path_factory, run):
 @pytest.fixture
 def students(monkeypatch):
     """Every student that a run tunes."""
-    made, whole = [], pipeline.student_of
+    made, whole = [], tuning.student_of
 
     def student_of(*args):
         made.append(whole(*args))
         return made[-1]
 
-    monkeypatch.setattr(pipeline, "student_of", student_of)
+    monkeypatch.setattr(tuning, "student_of", student_of)
     return made
 
 
@@ -150,7 +150,7 @@ def test_distillation_brings_the_predictions_nearer(finished, run, llama_folder,
     """Measured anew, on text of the same kind that neither run has seen."""
     run(tmp_path / "blocks", distill="off")
     text = make_text(seed=7, words=600)
-    tokenizer = pipeline.open_dense(llama_folder).tokenizer
+    tokenizer = pipeline.open_dense(llama_folder)[1]
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)[: 40 * 16].view(40, 16)
     original = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32).eval()
 
@@ -160,6 +160,15 @@ def test_distillation_brings_the_predictions_nearer(finished, run, llama_folder,
         return torch.nn.functional.kl_div(*(log.flatten(0, 1) for log in logs), log_target=True, reduction="batchmean")
 
     assert divergence(finished[1]) < 0.98 * divergence(tmp_path / "blocks")
+
+
+def test_compensated_codes_can_be_tuned(run, tmp_path):
+    """Without epochs the blocks hand on latents that round to their codes: tuning starts where they ended."""
+    blocks = run(tmp_path / "blocks", epochs=0, distill="off")["blocks"]
+    assert all(block["loss_last"] < block["loss_first"] for block in blocks)
+    result = run(tmp_path / "tuned", epochs=0)
+    assert [block["loss_last"] for block in result["blocks"]] == [block["loss_last"] for block in blocks]
+    assert result["distillation"]["held_out_last"] < result["distillation"]["held_out_first"]
 
 
 def test_fast_is_best_without_the_last_step(run, tmp_path):
@@ -271,13 +280,14 @@ def test_other_distillation_does_not_continue_a_run(run, tmp_path):
 
 @pytest.fixture
 def little_memory(monkeypatch):
-    monkeypatch.setattr(pipeline, "free_memory_bytes", lambda device: 1000)
+    monkeypatch.setattr(tuning, "free_memory_bytes", lambda device: 1000)
 
 
 def test_too_little_memory_is_said_where_it_is_not_required(run, tmp_path, little_memory):
     result = run(tmp_path / "out")
     assert result["distillation"].keys() == {"skipped", "fresh"}
     assert result["distillation"]["skipped"].startswith("needs about ")
+    assert "free" not in result["distillation"]["skipped"], "what is free differs between equal runs"
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["distillation"] == result["distillation"]
     assert record["timing"]["distillation_seconds"] is None
@@ -295,7 +305,7 @@ def test_too_little_memory_is_refused_where_it_is_required(run, tmp_path, little
 def test_memory_that_went_while_it_ran_keeps_the_blocks(run, finished, tmp_path, monkeypatch):
     looks = iter([10**12, 1000])
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "free_memory_bytes", lambda device: next(looks))
+        patch.setattr(tuning, "free_memory_bytes", lambda device: next(looks))
         with pytest.raises(Ptq161Error, match="finished blocks are kept, the same command continues") as error:
             run(tmp_path / "out", distill="required")
     assert error.value.exit_code == 1 and "\n" not in str(error.value)
@@ -308,8 +318,8 @@ def test_memory_that_went_while_it_ran_keeps_the_blocks(run, finished, tmp_path,
 
 def test_blocks_are_computed_again_where_memory_is_short(run, finished, tmp_path, monkeypatch, students):
     """The same model to the last bit, whatever was free."""
-    monkeypatch.setattr(pipeline, "memory_bytes", lambda *args, recomputed=False: 50 if recomputed else 150)
-    monkeypatch.setattr(pipeline, "free_memory_bytes", lambda device: 100)
+    monkeypatch.setattr(tuning, "needed_bytes", lambda *args, recomputed=False: 50 if recomputed else 150)
+    monkeypatch.setattr(tuning, "free_memory_bytes", lambda device: 100)
     run(tmp_path / "out", distill="required")
     assert students[0].recomputed == ("model.layers.0", "model.layers.1")
     weights = "model.safetensors"
@@ -317,7 +327,7 @@ def test_blocks_are_computed_again_where_memory_is_short(run, finished, tmp_path
 
 
 def test_memory_that_cannot_be_known_is_no_obstacle(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "free_memory_bytes", lambda device: None)
+    monkeypatch.setattr(tuning, "free_memory_bytes", lambda device: None)
     assert run(tmp_path / "out", distill="required", distill_tokens=64)["distillation"]["steps"] == 2
 
 

@@ -10,7 +10,7 @@ from ptq161 import pipeline
 from ptq161.data import evaluation_tokens
 from ptq161.evaluate.perplexity import perplexity
 from ptq161.linear import PackedLinear
-from ptq161.sources import open_dense
+from ptq161.sources import open_model
 
 pytestmark = pytest.mark.model
 
@@ -20,7 +20,7 @@ SETTINGS = {"preset": "paper", "samples": 8, "seqlen": 256, "epochs": 1, "blocks
 @pytest.fixture(scope="module")
 def original(smollm2_gguf):
     """The model and its tokenizer; quantizing leaves its weights as they are."""
-    return open_dense(smollm2_gguf)
+    return open_model(smollm2_gguf)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def run(original, wiki_text):
     """Quantize two blocks with a small calibration set, some settings changed."""
 
     def quantize(out, **changes):
-        source = {"model": original.model, "tokenizer": original.tokenizer, "calib": f"{wiki_text}[0:400]"}
+        source = {"model": original[0], "tokenizer": original[1], "calib": f"{wiki_text}[0:400]"}
         return pipeline.quantize(out=out, **source | SETTINGS | changes)
 
     return quantize
@@ -56,15 +56,15 @@ def test_honest_bits_stay_within_the_budget_and_use_it(quantized):
 
 
 def test_perplexity_rises_within_bounds(quantized, original, wiki_text):
-    tokens = evaluation_tokens(f"{wiki_text}[1000:1020]", original.tokenizer)
+    tokens = evaluation_tokens(f"{wiki_text}[1000:1020]", original[1])
     dense = ptq161.load(quantized[1], mode="dense", dtype=torch.float32)
-    before, after = (perplexity(model, tokens, 256, max_windows=4)["ppl"] for model in (original.model, dense))
+    before, after = (perplexity(model, tokens, 256, max_windows=4)["ppl"] for model in (original[0], dense))
     assert 10 < before < 60
     assert before < after < 20 * before
 
 
 def test_packed_equals_dense(quantized, original):
-    prompt = original.tokenizer("The river rises in the mountains and", return_tensors="pt").input_ids
+    prompt = original[1]("The river rises in the mountains and", return_tensors="pt").input_ids
     settings = {"activations": "float32", "dtype": torch.float32}
     packed, dense = (ptq161.load(quantized[1], mode=mode, **settings) for mode in ("packed", "dense"))
     assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 14
@@ -94,7 +94,7 @@ def test_mixed_widths_lose_less_than_the_papers(quantized, run, original, wiki_t
     result = run(tmp_path / "mixed", preset="fast")
     assert 1.60 < result["bits_per_weight"] <= 1.61
     assert all(block["loss_last"] < block["loss_first"] for block in result["blocks"])
-    tokens = evaluation_tokens(f"{wiki_text}[1000:1020]", original.tokenizer)
+    tokens = evaluation_tokens(f"{wiki_text}[1000:1020]", original[1])
     mixed, paper = (
         perplexity(ptq161.load(folder, mode="dense", dtype=torch.float32), tokens, 256, max_windows=4)["ppl"]
         for folder in (tmp_path / "mixed", quantized[1])

@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ptq161.binarize import CODE_WIDTHS
+from ptq161.allocation import MIXED_WIDTHS
 from ptq161.config import PRESETS, Magnitude
 from ptq161.methods import METHODS
 from ptq161.report import page
@@ -265,7 +265,7 @@ def test_a_narrow_corner_shows_fewer_channels() -> None:
 
 
 def test_every_code_width_and_method_can_be_shown() -> None:
-    assert list(WIDTHS) == list(CODE_WIDTHS)
+    assert list(WIDTHS) == [width.name for width in MIXED_WIDTHS]
     assert EXPLANATIONS.keys() == METHODS.keys()
     for magnitude in Magnitude:
         assert objective_in_words({"magnitude": magnitude.value, "angular": False})
@@ -387,6 +387,16 @@ def test_page_of_a_mixed_model_that_was_not_tuned(mixed_results: ModelResults) -
     quantize = {**mixed_results.quantize, "distillation": None}
     text = Outline(model_page(replace(mixed_results, quantize=quantize))).text
     assert "as a whole" not in text and "Codes and sizes are learned together" in text
+
+
+@pytest.mark.parametrize("preset", ["paper", "fast"])
+def test_page_of_a_model_of_which_nothing_was_learned(mixed_results: ModelResults, preset: str) -> None:
+    config = {**asdict(PRESETS[preset].quant), "epochs": 0}
+    quantize = {**mixed_results.quantize, "distillation": None}
+    text = Outline(model_page(replace(mixed_results, quantize=quantize, run={"config": config}))).text
+    assert "Nothing was learned: " in text
+    for absent in ("learned together", "what is learned", "learned, so", "after learning"):
+        assert absent not in text, absent
 
 
 def test_page_names_blocks_that_did_not_get_better(results: ModelResults) -> None:

@@ -94,34 +94,34 @@ def test_a_folder_opens_as_stored_with_its_tokenizer(llama_folder, tokenizer):
 
 def test_a_name_as_text_and_a_dtype_are_taken(llama_folder):
     assert open_model(str(llama_folder), dtype=torch.bfloat16)[0].dtype == torch.bfloat16
-    assert open_dense(str(llama_folder), dtype=torch.float16).model.dtype == torch.float16
+    assert open_dense(str(llama_folder), dtype=torch.float16)[0].whole().dtype == torch.float16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_dense_model_says_what_it_was_stored_in(folder, dtype):
     build(FAMILIES["llama"]()).to(dtype).save_pretrained(folder)
-    dense = open_dense(folder)
-    assert dense.dtype == dense.model.dtype == dtype
-    assert dense.tokenizer.bos_token_id == 0
+    dense, tokenizer = open_dense(folder)
+    assert dense.dtype == dense.skeleton.dtype == dense.whole().dtype == dtype
+    assert tokenizer.bos_token_id == 0
 
 
 def test_a_gguf_computes_what_its_model_did(gguf_file):
     path, original = gguf_file
-    dense = open_dense(path)
-    assert dense.dtype == dense.model.dtype == torch.float32
+    dense, _ = open_dense(path)
+    assert dense.dtype == dense.skeleton.dtype == torch.float32 and dense.resident
     tokens = torch.arange(40)[None]
     with torch.no_grad():
-        torch.testing.assert_close(dense.model(tokens).logits, original(tokens).logits)
+        torch.testing.assert_close(dense.whole()(tokens).logits, original(tokens).logits)
 
 
 def test_a_gguf_can_be_saved_again(gguf_file, tmp_path):
-    dense = open_dense(gguf_file[0])
-    dense.model.save_pretrained(tmp_path)
-    dense.tokenizer.save_pretrained(tmp_path)
+    dense, tokenizer = open_dense(gguf_file[0])
+    dense.whole().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
-    again = open_dense(tmp_path)
-    assert all(torch.equal(value, dense.model.state_dict()[name]) for name, value in again.model.state_dict().items())
-    assert again.tokenizer("abc!")["input_ids"] == dense.tokenizer("abc!")["input_ids"]
+    again, tokenizer_again = open_dense(tmp_path)
+    assert all(torch.equal(value, dense.weights[name]) for name, value in again.weights.items())
+    assert tokenizer_again("abc!")["input_ids"] == tokenizer("abc!")["input_ids"]
 
 
 def test_a_gguf_tokenizer_has_the_files_special_tokens(gguf_file):

@@ -9,6 +9,7 @@ from packed import write_packed
 from ptq161.binarize import reconstruct
 from ptq161.cli import main
 from ptq161.evaluate import model_speed, speed
+from ptq161.inspection import inspect
 from ptq161.kernels import cpu_kernels
 from ptq161.packing import problems, unpack
 
@@ -56,6 +57,23 @@ def test_a_table_for_people(capsys):
     assert "33 x 20, paper format" in out and "1 thread," in out and "times as fast" in out
 
 
+def test_a_head_is_measured(capsys):
+    assert main(["bench", "--shape", "70x36", "--rounds", "2", "--format", "int8", "--tokens", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["weight_bytes"] == 70 * 36 + 2 * 70 and result["decode_tok_s"] > 0
+
+
+def test_bytes_of_a_model_leave_its_head_out(tmp_path, capsys, tokenizer):
+    sizes = []
+    for int8_head in (False, True):
+        folder = tmp_path / f"head-{int8_head}"
+        write_packed(folder, "llama-tied", tokenizer=tokenizer, int8_head=int8_head)
+        command = ["bench", str(folder), "--rounds", "1", "--prompt-tokens", "5", "--new-tokens", "2", "--json"]
+        assert main([*command, "--dense", "float32"]) == 0
+        sizes.append(json.loads(capsys.readouterr().out)["weight_bytes"])
+    assert sizes[0] == sizes[1]
+
+
 def test_copies_are_four_caches_together():
     assert [speed._copies(nbytes) for nbytes in (1, 4096, 16384, 16385)] == [16384, 4, 1, 1]
 
@@ -63,12 +81,21 @@ def test_copies_are_four_caches_together():
 def test_a_model_is_measured(tmp_path, capsys, tokenizer):
     write_packed(tmp_path / "model", tokenizer=tokenizer)
     command = ["bench", str(tmp_path / "model"), "--rounds", "1", "--prompt-tokens", "5", "--new-tokens", "3"]
+    command += ["--prompt-tokens", "9", "--threads", "1"]
     assert main([*command, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result.keys() >= CONTRACT
-    assert [row["weights"] for row in result["measured"]] == ["packed", "float32", "bfloat16"]
-    dense = max(row["decode_tok_s"] for row in result["measured"][1:])
-    assert result["speedup"] == pytest.approx(result["decode_tok_s"] / dense)
+    rows = {(row["weights"], row["prompt_tokens"]): row for row in result["measured"]}
+    names = ["packed", "float32", "packed, rest bfloat16", "bfloat16"]
+    assert list(rows) == [(name, length) for length in (5, 9) for name in names]
+    assert all(value > 0 for row in rows.values() for key, value in row.items() if key.endswith("_tok_s"))
+    same_head = {"float32": "packed", "bfloat16": "packed, rest bfloat16"}
+    assert result["speedups"] == {
+        name: pytest.approx(rows[ours, 5]["decode_tok_s"] / rows[name, 5]["decode_tok_s"])
+        for name, ours in same_head.items()
+    }
+    assert result["speedup"] == min(result["speedups"].values())
+    assert result["load_cpu_seconds"] > 0 and result["file_bytes"] == inspect(tmp_path / "model")["file_bytes"]
     assert main([*command, "--dense", "none"]) == 0
     assert "decode tokens/s" in capsys.readouterr().out
 

@@ -17,6 +17,7 @@ from ptq161.hf import load
 from ptq161.verify import verify
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
+DOWN_PROJ = "model.layers.0.mlp.down_proj"
 WEIGHTS, INDEX, CHECKSUMS = "model.safetensors", "model.safetensors.index.json", "checksums.json"
 
 
@@ -324,6 +325,44 @@ def test_hostile_weight_files(folder, content):
     assert WEIGHTS in {name for name, _ in found(folder)}
     with pytest.raises(ValueError, match=WEIGHTS):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"a": 1, "a": 1}', b'{"a": NaN}', b'{"a": -Infinity}', b'{"a": 1e999}', b'{"a": {"b": 1, "c": 2, "b": 1}}'],
+)
+def test_json_with_a_key_twice_or_a_number_that_is_none(folder, content):
+    (folder / "run.json").write_bytes(content)
+    assert "is not valid JSON" in what(folder, "run.json")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"auto_map": {"AutoConfig": "evil.Evil"}},
+        {"num_hidden_layers": 10**9},
+        {"attn_implementation": "stranger/kernel"},
+    ],
+)
+def test_what_a_config_must_not_ask_for(folder, fields):
+    without_checksums(folder)
+    edit_config(folder, lambda config: config.update(fields))
+    assert next(iter(fields)) in what(folder, "config.json")
+
+
+def test_adapters_are_no_part_of_a_packed_checkpoint(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "stranger/model"}')
+    assert "not part of a packed checkpoint" in what(folder, "adapter_config.json")
+
+
+@pytest.mark.parametrize("tensor", ["weight", "weight_1"])
+def test_padding_that_is_not_zero(folder, tensor):
+    without_checksums(folder)
+    tensors = load_file(folder / WEIGHTS)
+    packed = tensors[f"{DOWN_PROJ}.{tensor}"]
+    packed.view(-1)[-1] |= 0x80
+    save_file(tensors, folder / WEIGHTS)
+    assert "has padding that is not zero" in what(folder, WEIGHTS, f"{DOWN_PROJ}.{tensor}")
 
 
 def test_random_damage_is_always_found(folder):

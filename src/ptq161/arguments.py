@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import ptq161
-from ptq161.config import DEFAULT_PRESET, PRESETS, CalibrationConfig, QuantConfig, preset_named, read_toml, unknown
+from ptq161.config import (
+    DEFAULT_PRESET,
+    PRESETS,
+    CalibrationConfig,
+    Head,
+    QuantConfig,
+    preset_named,
+    read_toml,
+    unknown,
+)
 from ptq161.errors import InputError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -64,20 +73,18 @@ def _parser() -> _Parser:
     inspect = command("inspect", "bits per weight and bytes by part; predicted for a model not yet packed")
     inspect.add_argument("path", metavar="PATH", help="packed folder, or config.json, HF folder, .gguf, hub name")
     _budget_arguments(inspect)
+    _head_argument(inspect)
     verify = command("verify", "check every file and tensor of a packed checkpoint")
     verify.add_argument("path", metavar="DIR", help="packed folder")
     generate = command("generate", "continue a prompt, and say how fast")
     generate.add_argument("path", metavar="PATH", help="packed folder, HF folder, .gguf or hub name")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
-    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    generate.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token"
-    )
-    generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    generate.add_argument("--seed", type=int, default=0, metavar="S")
-    _mode_argument(generate)
-    _activations_argument(generate, "int8")
-    _device_arguments(generate)
+    _writing_arguments(generate, max_new_tokens=128)
+    chat = command("chat", "talk with a model")
+    chat.add_argument("path", metavar="PATH", help="packed folder, HF folder, .gguf or hub name")
+    chat.add_argument("--system", metavar="TEXT", help="system message: what the model should be like")
+    _writing_arguments(chat, max_new_tokens=1024)
+    _serve_arguments(command("serve", "answer OpenAI clients over HTTP, one answer at a time"))
     _bench_arguments(command("bench", "speed of a packed model or of one shape against dense weights, on the CPU"))
     return parser
 
@@ -99,9 +106,11 @@ def _quantize_arguments(parser: _Parser) -> None:
     add("--epochs", type=int, metavar="E", help="learning passes over the samples")
     add("--seed", type=int, metavar="S", help="of sampling and learning")
     add("--method", metavar="NAME", help="how a block is quantized")
+    _head_argument(parser)
     add("--set", action="append", type=_key_value, default=[], metavar="K=V", help="any other setting; may be repeated")
     add("--config", type=Path, metavar="F.toml", help="settings, one `key = value` a line")
     add("--blocks", type=_block_range, metavar="A:B", help="quantize only these decoder blocks (half-open, from 0)")
+    add("--offload", type=Path, metavar="DIR", help="keep hidden states in files there (a fast disk), not in memory")
     add("--overwrite", action="store_true", help="replace OUT once the new one is complete")
     add("--restart", action="store_true", help="drop an unfinished run instead of continuing it")
     add("--dry-run", action="store_true", help="say what will be needed; write nothing")
@@ -121,15 +130,40 @@ def _eval_arguments(parser: _Parser) -> None:
     _device_arguments(parser)
 
 
+def _writing_arguments(parser: _Parser, max_new_tokens: int) -> None:
+    add = parser.add_argument
+    add("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"at most (default {max_new_tokens})")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
+    add(
+        "--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that make up this share"
+    )
+    add("--seed", type=int, default=0, metavar="S", help="of sampling")
+    _model_arguments(parser)
+
+
+def _serve_arguments(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("path", metavar="PATH", help="packed folder, HF folder, .gguf or hub name")
+    add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1; there is no password)")
+    add("--port", type=_port, default=8000, metavar="N", help="port to listen on (default 8000; 0: any that is free)")
+    add("--name", metavar="NAME", help="what clients call the model (default: the last part of PATH)")
+    _model_arguments(parser)
+
+
 def _bench_arguments(parser: _Parser) -> None:
     add = parser.add_argument
     add("path", nargs="?", metavar="PATH", help="packed folder")
     add("--shape", type=_shape, metavar="RxC", help="one linear of R outputs and C inputs with random weights instead")
     add("--threads", type=int, metavar="N", help="of the products (default: as torch has it)")
     add("--tokens", type=int, action="append", metavar="T", help="with --shape: rows of activations (1 and 128)")
-    add("--format", choices=("mixed", "paper"), default="mixed", help="with --shape: column groups")
+    add(
+        "--format",
+        choices=("mixed", "paper", "int8"),
+        default="mixed",
+        help="with --shape: column groups; int8: a head",
+    )
     add("--rounds", type=int, metavar="N", help="turns of every contender (default 40 for a shape, 3 for a model)")
-    add("--prompt-tokens", type=int, default=128, metavar="T", help="with PATH: tokens to read first")
+    add("--prompt-tokens", type=int, action="append", metavar="T", help="with PATH: tokens to read first (default 128)")
     add("--new-tokens", type=int, default=32, metavar="T", help="with PATH: tokens to write")
     add("--dense", choices=("both", "float32", "bfloat16", "none"), default="both", help="with PATH: what against")
 
@@ -140,9 +174,21 @@ def _budget_arguments(parser: _Parser) -> None:
     budget.add_argument("--salient-ratio", type=float, metavar="R", help="share of the channels at 4 bits, e.g. 0.2")
 
 
+def _head_argument(parser: _Parser) -> None:
+    text = "embedding and head: keep (default) at 16 bits, or int8 with a scale per vocabulary entry"
+    parser.add_argument("--head", choices=[head.value for head in Head], help=text)
+
+
 def _activations_argument(parser: _Parser, default: str) -> None:
     text = f"of packed linears on a CPU with native kernels (default {default})"
     parser.add_argument("--activations", choices=("int8", "float32"), default=default, help=text)
+
+
+def _model_arguments(parser: _Parser) -> None:
+    """How a model that writes is opened."""
+    _mode_argument(parser)
+    _activations_argument(parser, "int8")
+    _device_arguments(parser)
 
 
 def _device_arguments(parser: _Parser) -> None:
@@ -167,6 +213,12 @@ def _shape(text: str) -> tuple[int, int]:
     if not (rows.isdecimal() and cols.isdecimal() and int(rows) and int(cols)):
         raise argparse.ArgumentTypeError(f"{text!r}: expected ROWSxCOLS, e.g. 2048x8192")
     return int(rows), int(cols)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a port number, 0 to 65535")
+    return int(text)
 
 
 def _block_range(text: str) -> tuple[int, int]:

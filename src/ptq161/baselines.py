@@ -66,7 +66,7 @@ def apply_baseline(
         model.float()
     model.eval()
     model.requires_grad_(False)
-    traced = trace(model, blocks, samples[:2], device)
+    traced = trace(model, blocks, samples[:2])
     full = quantized = first_hidden(model, blocks, samples)
     parts: Counter[str] = Counter()
     weights = 0

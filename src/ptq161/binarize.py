@@ -36,9 +36,10 @@ CODE_WIDTHS: dict[str, CodeWidth] = {
         CodeWidth("1bit", count=2, lowest=-1, step=2),
         CodeWidth("ternary", count=3, lowest=-1, step=1),
         CodeWidth("4bit", count=16, lowest=-15, step=2),  # odd levels: symmetric about 0 where a group has no zero
+        CodeWidth("8bit", count=255, lowest=-127, step=1),  # for embedding and head (vocabulary.py)
     )
 }
-ONE_BIT, TERNARY, FOUR_BIT = CODE_WIDTHS.values()
+ONE_BIT, TERNARY, FOUR_BIT, EIGHT_BIT = CODE_WIDTHS.values()
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,23 @@ def salient_group(
     zero = nearest_level(FOUR_BIT.lowest - lowest / scale, FOUR_BIT)
     codes = nearest_level(part / scale + zero, FOUR_BIT)
     return ColumnGroup(columns=columns, width=FOUR_BIT, codes=codes.to(torch.int8), scale=scale, zero=zero)
+
+
+def symmetric_weight(weight: Float[Tensor, "rows cols"], width: CodeWidth) -> QuantizedWeight:
+    """Every column at one width, on a grid per row that spans the row's largest magnitude and has no zero level.
+
+    The float16 scale is rounded up where the largest weight would otherwise lie outside, so that no weight moves by
+    more than half a step. A row that float16 cannot scale (NaN, infinite, beyond 65504 * lowest) has no finite scale.
+    """
+    weight, largest_level = weight.float(), -width.lowest
+    largest = weight.abs().amax(dim=1, keepdim=True)
+    scale = (largest / largest_level).to(torch.float16)
+    short = scale.float() * (largest_level + width.step / 2) < largest
+    scale = torch.where(short, (scale.view(torch.int16) + 1).view(torch.float16), scale).float()
+    scale = torch.where(scale == 0, 1.0, scale)  # an all-zero row
+    codes = nearest_level(weight / scale, width).to(torch.int8)
+    columns = torch.arange(weight.shape[1], device=weight.device)
+    return QuantizedWeight((ColumnGroup(columns=columns, width=width, codes=codes, scale=scale),))
 
 
 def nearest_level(values: Float[Tensor, "rows gcols"], width: CodeWidth) -> Float[Tensor, "rows gcols"]:

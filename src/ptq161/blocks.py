@@ -14,14 +14,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ptq161.errors import NonFiniteError, UnsupportedModel
+from ptq161.space import MEMORY, Space
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """How the model calls one block: everything but the hidden states, as recorded for a single sample."""
+    """How the model calls one block: everything but the hidden states, as recorded for a single sample.
+
+    returns: how many things the block returns in a tuple, the hidden states first; 0 for the hidden states alone.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    returns: int = 0
 
     def __call__(
         self,
@@ -40,7 +45,11 @@ class BlockCall:
 
     def to(self, device: torch.device) -> "BlockCall":
         """A copy with its tensors on `device`."""
-        return BlockCall(tensors_to(self.args, device), tensors_to(self.kwargs, device))
+        return BlockCall(tensors_to(self.args, device), tensors_to(self.kwargs, device), self.returns)
+
+    def returned(self, hidden: Tensor) -> Any:
+        """Hidden states in the form in which the block returns them, nothing beside them."""
+        return (hidden, *[None] * (self.returns - 1)) if self.returns else hidden
 
 
 @dataclass
@@ -72,23 +81,27 @@ class BlockTask:
 
     linears: name inside the block -> module, in order of definition.
     columns_from: linear -> earlier linear that sees the same input, where there is one.
+    full_in: the full-precision stream into the block (X of Eq. 7); None where the method does not ask for it.
     quantized_in: the quantized stream into the block (X_q of Eq. 7).
     full_out: the original block on the full-precision stream, F(X, W).
     local_out: the original block on the quantized stream, F(X_q, W).
     stats: input statistics of each linear over the full-precision stream.
     widths: linear -> code width and number of channels of each of its column groups, as the budget has it.
+    space: where the method's own stream goes.
     """
 
     index: int
     block: nn.Module
     linears: dict[str, nn.Linear]
     columns_from: dict[str, str]
+    full_in: Float[Tensor, "samples seq hidden"] | None
     quantized_in: Float[Tensor, "samples seq hidden"]
     full_out: Float[Tensor, "samples seq hidden"]
     local_out: Float[Tensor, "samples seq hidden"]
     call: BlockCall
     stats: dict[str, InputStats]
     widths: dict[str, tuple[tuple[str, int], ...]]
+    space: Space = MEMORY
 
     def sample(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """(quantized_in, full_out, local_out) of one sample, each (1, seq, hidden), on the block's device."""
@@ -113,12 +126,12 @@ def advance(
     call: BlockCall,
     stream: Float[Tensor, "samples seq hidden"],
     device: torch.device,
-    weights: Mapping[str, Tensor] | None = None,
+    out: Float[Tensor, "samples seq hidden"] | None = None,
 ) -> Float[Tensor, "samples seq hidden"]:
-    """Run a whole stream through a block, sample by sample; the result lies where the stream lies."""
-    out = torch.empty_like(stream)
+    """Run a whole stream through a block, sample by sample, into `out`, which may be the stream itself."""
+    out = torch.empty_like(stream) if out is None else out
     for index, sample in enumerate(stream):
-        out[index] = call(block, sample[None].to(device), weights)[0]
+        out[index] = call(block, sample[None].to(device))[0]
     return out
 
 
@@ -135,6 +148,54 @@ def watch_inputs(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, InputSt
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def second_moments(
+    task: BlockTask, name: str, weights: Mapping[str, Tensor]
+) -> tuple[Float[Tensor, "cols cols"], Float[Tensor, "cols cols"]]:
+    """(sum of y y^T, sum of x y^T) over all tokens, float32: x and y are what reaches a linear on the two streams.
+
+    x: on the full-precision stream through the original block; y: on the quantized stream, with `weights` (parameter
+    name -> tensor) in place of the block's own. Where not every token reaches the linear (an expert), tokens do not
+    correspond, and x is taken to be y. Raises NonFiniteError naming block and linear.
+    """
+    linear = task.linears[name]
+    assert task.full_in is not None
+    device = linear.weight.device
+    moments, cross = torch.zeros(2, linear.in_features, linear.in_features, device=device)
+    for index, hidden in enumerate(task.full_in):
+        full = _reaching(linear, task, hidden[None].to(device), None)
+        quantized = _reaching(linear, task, task.sample(index)[0], weights)
+        moments.addmm_(quantized.T, quantized)
+        paired = len(full) == len(quantized) == len(hidden)
+        cross.addmm_((full if paired else quantized).T, quantized)
+    if not (moments.isfinite().all() and cross.isfinite().all()):
+        raise NonFiniteError(f"the input of {name} in block {task.index} is not finite on the quantized stream.")
+    return moments, cross
+
+
+class _ReachedError(Exception):
+    """Ends the run of a block where the input of a linear is known. args[0]: the input."""
+
+
+def _reaching(
+    linear: nn.Linear, task: BlockTask, hidden: Float[Tensor, "1 seq hidden"], weights: Mapping[str, Tensor] | None
+) -> Float[Tensor, "tokens cols"]:
+    """What reaches a linear of the block for one sample, float32; the block is run no further than that."""
+
+    def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise _ReachedError(args[0])
+
+    handle = linear.register_forward_pre_hook(stop)
+    try:
+        task.call(task.block, hidden, weights)
+    except _ReachedError as reached:
+        inputs: Tensor = reached.args[0]
+        return inputs.float().flatten(0, -2)
+    finally:
+        handle.remove()
+    return hidden.new_zeros(0, linear.in_features)
 
 
 @contextmanager

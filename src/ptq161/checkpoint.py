@@ -20,9 +20,11 @@ from torch import Tensor
 
 from ptq161.binarize import CODE_WIDTHS
 from ptq161.blocks import Streams
+from ptq161.dense import Place, StoredTensors
 from ptq161.errors import InputError
 from ptq161.latent import LatentWeight
 from ptq161.layout import ModelLayout
+from ptq161.space import Space
 
 
 class WorkFolder:
@@ -124,30 +126,49 @@ class WorkFolder:
         metadata = {"next_block": str(streams.next_block)}
         write_atomically(self._streams, lambda path: save_file(tensors, path, metadata))
 
-    def load_streams(self) -> Streams | None:
-        """The streams of an interrupted run, or None at its start."""
+    def load_streams(self, space: Space) -> Streams | None:
+        """The streams of an interrupted run, in `space`, or None at its start."""
         if not self._streams.exists():
             return None
         with safe_open(self._streams, framework="pt") as file:
             next_block = int(file.metadata()["next_block"])
-        tensors = load_file(self._streams)
-        return Streams(next_block, tensors["full"], tensors["quantized"])
+            full, quantized = (space.copy(file.get_tensor(name)) for name in ("full", "quantized"))
+        return Streams(next_block, full, quantized)
 
-    def load_blocks(self, first: int, last: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """Packed tensors (memory-mapped) and records of the finished blocks first..last-1."""
-        packed: dict[str, Tensor] = {}
+    def load_blocks(self, first: int, last: int) -> tuple[Mapping[str, Tensor], list[dict[str, Any]]]:
+        """Packed tensors (read when asked for) and records of the finished blocks first..last-1."""
+        places: dict[str, Place] = {}
         for index in range(first, last):
-            packed.update(load_file(self._block(index)))
-        return packed, [json.loads(self._record(index).read_text()) for index in range(first, last)]
+            with safe_open(self._block(index), framework="pt") as file:
+                places |= {name: Place(self._block(index), name) for name in file.keys()}  # noqa: SIM118
+        return StoredTensors(places), [json.loads(self._record(index).read_text()) for index in range(first, last)]
+
+    def save_layout(self, layout: ModelLayout) -> None:
+        """Keep how the bit budget was divided: it takes a backward pass through the whole model to find out."""
+        write_atomically(self._layout, lambda path: path.write_text(json.dumps(layout.to_dict())))
+
+    def load_layout(self) -> ModelLayout | None:
+        """What `save_layout` kept, or None."""
+        return ModelLayout.from_dict(json.loads(self._layout.read_text())) if self._layout.exists() else None
 
     def publish(self) -> None:
         """Put the finished `result` folder in OUT's place and drop the work; an old OUT goes last."""
         sync_folder(self.result)
-        replaced = self.path / "replaced"
-        if self.out.exists():
-            self.out.rename(replaced)
-        self.result.rename(self.out)
-        sync(self.out.parent)
+        write_atomically(self._published, lambda path: path.write_text(""))
+        self.complete()
+
+    def complete(self) -> None:
+        """Do what is left of a publication, if one was begun and cut off."""
+        if not self._published.exists():
+            return
+        if self.result.exists():
+            if self.out.exists():
+                self.out.rename(self.path / "replaced")
+            self.result.rename(self.out)
+            sync(self.out.parent)
+        for entry in self.path.iterdir():
+            if entry != self._published:  # which goes last: without it, the rest would look like an unfinished run
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         shutil.rmtree(self.path)
 
     def _block(self, index: int) -> Path:
@@ -166,6 +187,14 @@ class WorkFolder:
     @property
     def _job(self) -> Path:
         return self.path / "job.json"
+
+    @property
+    def _published(self) -> Path:
+        return self.path / "published"
+
+    @property
+    def _layout(self) -> Path:
+        return self.path / "layout.json"
 
     @property
     def _streams(self) -> Path:

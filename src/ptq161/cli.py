@@ -12,17 +12,21 @@ import time
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ptq161
 from ptq161.arguments import parse, quantize_settings
-from ptq161.config import QuantConfig
+from ptq161.config import Head, QuantConfig
 from ptq161.errors import InputError, Ptq161Error
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ptq161.generation import Sampling
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +61,7 @@ def _debug(arguments: Sequence[str]) -> None:
 
 def _quantize(args: Namespace) -> int:
     keywords = quantize_settings(args) | {"blocks": args.blocks, "device": args.device, "dtype": args.dtype}
+    keywords["offload"] = args.offload
     from ptq161 import pipeline, terminal
 
     with terminal.quiet_libraries(debug=args.debug):
@@ -79,7 +84,7 @@ def _eval(args: Namespace) -> int:
     if args.out is not None and not args.out.absolute().parent.is_dir():
         raise InputError(f"--out {args.out}: its folder does not exist; make it, or choose another file")
     began = time.monotonic()
-    from ptq161 import data, machine, sources, terminal
+    from ptq161 import data, machine, terminal
     from ptq161.evaluate.perplexity import perplexity
     from ptq161.hf import is_packed
     from ptq161.inspection import inspect
@@ -87,13 +92,8 @@ def _eval(args: Namespace) -> int:
     with terminal.quiet_libraries(debug=args.debug):
         for source in args.ppl:
             data.parse_source(source)
-        model, tokenizer = sources.open_model(
-            args.path,
-            device=machine.pick_device(args.device),
-            dtype=_dtype(args),
-            mode=args.mode,
-            activations=args.activations,
-        )
+        record = _recorded(Path(args.path)) if is_packed(args.path) else ({}, {})
+        model, tokenizer = _open(args)
         if args.bos and tokenizer.bos_token_id is None:
             raise InputError(f"--bos: the tokenizer of {args.path} has no BOS token; leave --bos out")
         bos = tokenizer.bos_token_id if args.bos else None
@@ -115,7 +115,7 @@ def _eval(args: Namespace) -> int:
         "peak_rss_bytes": machine.peak_rss_bytes(),
     }
     if args.out is not None:
-        _append_row(args, result, sizes)
+        _append_row(args, result, sizes, record)
     return _print(args, result, lambda out: terminal.show_evaluated(out, result))
 
 
@@ -126,7 +126,7 @@ def _inspect(args: Namespace) -> int:
     from ptq161 import inspection, terminal
 
     with terminal.quiet_libraries(debug=args.debug):
-        result = inspection.inspect(args.path, **budget)
+        result = inspection.inspect(args.path, **budget, head=args.head or Head.KEEP)
     return _print(args, result, lambda out: terminal.show_inspected(out, args.path, result))
 
 
@@ -144,35 +144,48 @@ def _verify(args: Namespace) -> int:
 
 
 def _generate(args: Namespace) -> int:
-    from ptq161 import generation, machine, sources, terminal
+    from ptq161 import generation, terminal
 
-    def on_text(text: str) -> None:
-        print(text, end="", flush=True)
-
+    sampling = _sampling(args)
     with terminal.quiet_libraries(debug=args.debug):
-        model, tokenizer = sources.open_model(
-            args.path,
-            device=machine.pick_device(args.device),
-            dtype=_dtype(args),
-            mode=args.mode,
-            activations=args.activations,
-        )
-        result = generation.stream(
-            model,
-            tokenizer,
-            args.prompt,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seed=args.seed,
-            on_text=(lambda text: None) if args.json else on_text,
-        )
-    if not args.json:
-        print(flush=True)  # ends the last line of the text before anything goes to stderr
-    if not args.json and not args.quiet:
-        speed = "" if result["tok_s"] is None else f", {result['tok_s']:.1f} tokens/s after the first"
-        print(f"{result['tokens']} tokens in {terminal.duration(result['seconds'])}{speed}", file=sys.stderr)
+        model, tokenizer = _open(args)
+        prompt = tokenizer(args.prompt)["input_ids"]
+        result = generation.stream(model, tokenizer, prompt, sampling, on_text=terminal.writer(silent=args.json))
+    del result["ids"]
+    terminal.show_written(result, text=not args.json, figures=not args.json and not args.quiet)
     return _print(args, {"model": args.path, "prompt": args.prompt, **result}, lambda out: None)
+
+
+def _chat(args: Namespace) -> int:
+    from ptq161 import chat, terminal
+
+    sampling = _sampling(args)
+    with terminal.quiet_libraries(debug=args.debug):
+        model, tokenizer = _open(args)
+        conversation = chat.Conversation(model, tokenizer, sampling, args.system)
+        answers = chat.converse(
+            conversation,
+            read=terminal.reader("> ", hint=None if args.quiet else chat.HINT, silent=args.json),
+            on_text=terminal.writer(silent=args.json),
+            on_answer=lambda answer: terminal.show_written(answer, text=not args.json, figures=not args.quiet),
+            note=lambda text: print(text, file=sys.stderr),
+        )
+    return _print(args, {"model": args.path, "system": args.system, "answers": answers}, lambda out: None)
+
+
+def _serve(args: Namespace) -> int:
+    _require("serve", "fastapi", "openai", "uvicorn")
+    from ptq161 import serve, terminal
+    from ptq161.handlers import Served
+
+    with terminal.quiet_libraries(debug=args.debug), serve.listen(args.host, args.port) as listener:
+        model, tokenizer = _open(args)
+        served = Served(args.name or serve.name_of(args.path), model, tokenizer)
+        url = serve.url_of(listener)
+        _print(args, {"model": served.name, "url": url}, lambda out: out.print(f"{served.name} answers at {url}"))
+        sys.stdout.flush()
+        serve.run(served, listener, access_log=not args.quiet)
+    return 0
 
 
 def _bench(args: Namespace) -> int:
@@ -195,7 +208,7 @@ def _bench(args: Namespace) -> int:
         dense = {"both": ["float32", "bfloat16"], "none": []}.get(args.dense, [args.dense])
         result = model_speed.bench_model(
             args.path,
-            prompt_tokens=args.prompt_tokens,
+            prompt_tokens=args.prompt_tokens or [128],
             new_tokens=args.new_tokens,
             rounds=args.rounds or 3,
             dense=dense,
@@ -209,6 +222,8 @@ COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "inspect": _inspect,
     "verify": _verify,
     "generate": _generate,
+    "chat": _chat,
+    "serve": _serve,
     "bench": _bench,
 }
 
@@ -230,6 +245,29 @@ def _dtype(args: Namespace) -> "torch.dtype | None":
     return None if args.dtype == "auto" else getattr(torch, args.dtype)
 
 
+def _open(args: Namespace) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The model of a command and its tokenizer, kept and computed as the options say."""
+    from ptq161 import machine, sources
+
+    device = machine.pick_device(args.device)
+    return sources.open_model(
+        args.path, device=device, dtype=_dtype(args), mode=args.mode, activations=args.activations
+    )
+
+
+def _sampling(args: Namespace) -> "Sampling":
+    from ptq161.generation import Sampling
+
+    return Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+
+
+def _require(extra: str, *modules: str) -> None:
+    """Raises InputError if one of the modules that an extra brings is not installed."""
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise InputError(f'this command needs {", ".join(missing)}: pip install "ptq161[{extra}]"')
+
+
 def _weight_bytes(path: str) -> int | None:
     """Size of a local model's weight files; None for a name on the hub."""
     place = Path(path)
@@ -239,12 +277,32 @@ def _weight_bytes(path: str) -> int | None:
     return sum(file.stat().st_size for file in files) if files else None
 
 
-def _append_row(args: Namespace, result: Mapping[str, Any], sizes: Mapping[str, Any] | None) -> None:
+def _recorded(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings and the calibration that a packed checkpoint's run.json names; empty where it has none."""
+    from ptq161.folder import RUN, read_json
+
+    if not (folder / RUN).exists():
+        return {}, {}
+    run = read_json(folder, RUN)
+    config, calibration = run.get("config", {}), run.get("calibration", {})
+    sources = calibration.get("sources", []) if isinstance(calibration, dict) else None
+    if not isinstance(config, dict) or not isinstance(sources, list) or not all(isinstance(s, str) for s in sources):
+        raise InputError(
+            f"{folder / RUN} is not a record of ptq161 quantize; move it away, and the row goes without it"
+        )
+    return config, calibration
+
+
+def _append_row(
+    args: Namespace,
+    result: Mapping[str, Any],
+    sizes: Mapping[str, Any] | None,
+    record: tuple[dict[str, Any], dict[str, Any]],
+) -> None:
     """Append one row of results.jsonl; what is not known of the model is null."""
     import torch
 
-    run = {} if sizes is None else json.loads((Path(args.path) / "run.json").read_text(encoding="utf-8"))
-    config, calibration = run.get("config", {}), run.get("calibration", {})
+    config, calibration = record
     texts = calibration.get("sources", [])
     row = {
         "schema": 1,
@@ -254,7 +312,7 @@ def _append_row(args: Namespace, result: Mapping[str, Any], sizes: Mapping[str, 
         "preprocessing": None,
         "config": config or None,
         # Of a mix, only the sum is recorded.
-        "calib": {text: calibration["tokens"] if len(texts) == 1 else None for text in texts} or None,
+        "calib": {text: calibration.get("tokens") if len(texts) == 1 else None for text in texts} or None,
         "bits_per_weight": result["bits_per_weight"],
         "claimed_bits": None if sizes is None else sizes["paper_bits"],
         "file_bytes": _weight_bytes(args.path) if sizes is None else sizes["file_bytes"],

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ptq161.errors import InputError
+from ptq161.errors import InputError, one_line
 
 
 class Statistic(enum.StrEnum):
@@ -54,6 +54,13 @@ class Distill(enum.StrEnum):
     REQUIRED = "required"  # an error if it does not fit
 
 
+class Head(enum.StrEnum):
+    """How embedding and head are stored. They do not count in the bits per weight, and learning leaves them alone."""
+
+    KEEP = "keep"  # as the other tensors that are not quantized
+    INT8 = "int8"  # 8 bits a weight and a float16 scale per vocabulary entry; tied weights stay tied
+
+
 class Compute(enum.StrEnum):
     """Arithmetic of the learning steps. Targets, streams and reported losses are always float32."""
 
@@ -65,6 +72,10 @@ class Compute(enum.StrEnum):
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)
+
+
+def _check_seed(seed: int) -> None:
+    _check(0 <= seed < 2**32, f"seed={seed} is out of range: expected 0 to {2**32 - 1}")
 
 
 # Not typing.Self: beartype, which checks annotations in tests, takes it only inside classes that it decorates itself.
@@ -121,6 +132,7 @@ class QuantConfig(_Settings):
     distill_batch_size: int = 2  # samples of one step
     distill_lr_latent: float = 1e-3  # in units of the matrix's mean magnitude
     distill_lr_scale: float = 5e-4  # for scales, in units of themselves, and for norm weights
+    head: Head = Head.KEEP
     compute: Compute = Compute.AUTO
     seed: int = 0
 
@@ -144,6 +156,7 @@ class QuantConfig(_Settings):
         for name in ("lr_scale", "lr_angular", "lr_latent", "distill_lr_latent", "distill_lr_scale"):
             value = getattr(self, name)
             _check(math.isfinite(value) and value >= 0, f"{name}={value} is out of range: expected 0 or more")
+        _check_seed(self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +172,7 @@ class CalibrationConfig(_Settings):
         _check(len(self.sources) > 0, "no calibration source: name one with --calib FILE|wikitext2|c4|redpajama|self")
         _check(self.samples >= 1, f"samples={self.samples} is out of range: expected 1 or more")
         _check(self.seqlen >= 2, f"seqlen={self.seqlen} is out of range: expected 2 or more")
+        _check_seed(self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +214,7 @@ def preset_named(name: str) -> Preset:
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """One line for an unknown name: what was given, the nearest known one, and all of them."""
     known = list(known)
+    name = one_line(name)
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
     return f"unknown {kind} {name!r}{hint}; expected one of: {', '.join(known)}"
@@ -207,11 +222,14 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a flat TOML file of settings. Raises InputError if it cannot be read or has tables in it."""
+    _check(not path.exists() or path.is_file(), f"cannot read settings file {path}: it is not a regular file")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read settings file {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise InputError(f"settings file {path} is not valid TOML: nested too deeply") from error
+    except ValueError as error:  # bad UTF-8, bad TOML, or a number of thousands of digits
         raise InputError(f"settings file {path} is not valid TOML: {error}") from error
     tables = [key for key, value in values.items() if isinstance(value, dict)]
     _check(not tables, f"settings file {path} has a table [{', '.join(tables)}]: expected flat key = value lines")
@@ -225,16 +243,20 @@ def _convert(key: str, value: Any, wanted: Any) -> Any:
             return None
         wanted = next(t for t in typing.get_args(wanted) if t is not type(None))
     if typing.get_origin(wanted) is tuple:
-        return (value,) if isinstance(value, str) else tuple(value)
+        texts = tuple(value) if isinstance(value, list | tuple) else (value,)
+        _check(all(isinstance(text, str) for text in texts), f"setting {key}={value!r}: expected text, or a list of it")
+        return texts
     try:
         if isinstance(wanted, type) and issubclass(wanted, enum.StrEnum):
             return wanted(value)
         if wanted is bool:
             return _to_bool(value)
+        if wanted is str and not isinstance(value, str):
+            raise ValueError
         if isinstance(value, bool) or (wanted is int and isinstance(value, float) and not value.is_integer()):
             raise ValueError
         return wanted(value)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         is_choice = isinstance(wanted, type) and issubclass(wanted, enum.Enum)
         expected = " or ".join(member.value for member in wanted) if is_choice else wanted.__name__
         raise InputError(f"setting {key}={value!r}: expected {expected}") from error

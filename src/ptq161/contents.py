@@ -4,17 +4,18 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptq161.errors import CheckpointError
-from ptq161.folder import MAX_JSON_BYTES, path_problem
+from ptq161.folder import CONFIG, path_problem
 from ptq161.layout import ModelLayout
 from ptq161.packing import TensorSpec
 
@@ -34,23 +35,25 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+MAX_TABLE_BYTES = 2**28
 
 
 def stored_tensors(model: PreTrainedModel, layout: ModelLayout, dtype: torch.dtype | None) -> dict[str, TensorSpec]:
-    """Every tensor of the checkpoint in the order of the model: packed linears instead of their weights, ties once.
+    """Every tensor of the checkpoint in the order of the model: packed modules instead of their weights, ties once.
 
     dtype: of floating-point tensors that are not packed; None keeps each as it is. The model may be on meta.
     """
-    state = model.state_dict()
+    state, packed = model.state_dict(), layout.modules
     ignored = set(model._keys_to_ignore_on_save or ())
     for name, source in model.all_tied_weights_keys.items():
-        if name in state and source in state and state[name].data_ptr() == state[source].data_ptr():
+        if name in state and source in state and model.get_parameter(name) is model.get_parameter(source):
             ignored.add(name)
     tensors: dict[str, TensorSpec] = {}
     for name, tensor in state.items():
-        linear, _, leaf = name.rpartition(".")
-        if leaf == "weight" and linear in layout.linears:
-            tensors |= {f"{linear}.{part}": spec for part, spec in layout.linears[linear].specs().items()}
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and module in packed:
+            tensors |= {f"{module}.{part}": spec for part, spec in packed[module].specs().items()}
         elif name not in ignored:
             tensors[name] = TensorSpec(tuple(tensor.shape), _stored_dtype(tensor, dtype), OTHER)
     return tensors
@@ -73,17 +76,28 @@ def into_shards(tensors: Mapping[str, TensorSpec], shard_bytes: int) -> list[lis
     return shards
 
 
-def header_bytes(tensors: Mapping[str, TensorSpec]) -> int:
-    """Bytes in front of the data of a safetensors file with these tensors: the length and the padded JSON header."""
+def in_file_order(tensors: Mapping[str, TensorSpec]) -> list[str]:
+    """Names in the order in which safetensors lays out tensors: by dtype, then by name."""
     ranks = {dtype: rank for rank, dtype in enumerate(DTYPE_NAMES)}
-    header: dict[str, object] = {"__metadata__": METADATA}
+    return sorted(tensors, key=lambda name: (ranks[tensors[name].dtype], name))
+
+
+def header(tensors: Mapping[str, TensorSpec]) -> bytes:
+    """What is in front of the data of a safetensors file with these tensors: the length and the padded JSON header."""
+    entries: dict[str, object] = {"__metadata__": METADATA}
     end = 0
-    for name in sorted(tensors, key=lambda name: (ranks[tensors[name].dtype], name)):
+    for name in in_file_order(tensors):
         spec, begin = tensors[name], end
         end += spec.nbytes
-        header[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [begin, end]}
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-length // 8) * 8
+        entries[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    padded = text.ljust(-(-len(text) // 8) * 8)
+    return len(padded).to_bytes(8, "little") + padded
+
+
+def header_bytes(tensors: Mapping[str, TensorSpec]) -> int:
+    """The length of `header`."""
+    return len(header(tensors))
 
 
 @dataclass(frozen=True)
@@ -106,28 +120,62 @@ class StoredTensor:
 def read_header(file: Path) -> tuple[dict[str, StoredTensor], int]:
     """The tensors of a safetensors file and the bytes in front of their data, without reading the data.
 
-    Raises CheckpointError for a link out of its folder, a header that makes no sense, or a file of another length.
+    Raises CheckpointError for a link out of its folder, another kind of file, a header that makes no sense, or a file
+    of another length than its header says.
     """
     refused = path_problem(file.parent, file.name)
+    if refused is None and file.suffix != ".safetensors":
+        refused = "is not safetensors; packed weights are read from no other kind of file"
     if refused is not None:
         raise CheckpointError(f"{file}: {refused}")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        text = stream.read(length) if length <= min(size, MAX_JSON_BYTES) else b""
+    tensors = {}
     try:
-        entries = json.loads(text)
-        entries.pop("__metadata__", None)
-        tensors = {name: _entry(entry) for name, entry in entries.items()}
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: is not a readable safetensors file; run `ptq161 verify`") from error
-    start = 8 + length
-    expected = start + sum(tensor.nbytes for tensor in tensors.values())
-    if size != expected:
-        raise CheckpointError(f"{file}: has {size} bytes, its header makes {expected}; run `ptq161 verify`")
-    return tensors, start
+        with safe_open(file, framework="pt") as handle:  # checks lengths, offsets and shapes against each other
+            for name in handle.keys():  # noqa: SIM118
+                header = handle.get_slice(name)
+                dtype, shape = header.get_dtype(), tuple(header.get_shape())
+                if dtype not in TORCH_DTYPES:
+                    raise CheckpointError(
+                        f"{file}: tensor {name} is {dtype}, expected one of {', '.join(TORCH_DTYPES)}"
+                    )
+                tensors[name] = StoredTensor(dtype, shape, prod(shape) * TORCH_DTYPES[dtype].itemsize)
+        return tensors, file.stat().st_size - sum(tensor.nbytes for tensor in tensors.values())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: is not a readable safetensors file: {error}; run `ptq161 verify`") from error
 
 
-def _entry(entry: Mapping[str, Any]) -> StoredTensor:
-    begin, end = map(int, entry["data_offsets"])
-    return StoredTensor(str(entry["dtype"]), tuple(map(int, entry["shape"])), end - begin)
+def headers_for(model: PreTrainedModel, layout: ModelLayout, files: Iterable[Path]) -> dict[str, Path]:
+    """Tensor -> its file, once these files hold exactly the tensors of an empty packed model, by their headers alone.
+
+    transformers compares no shapes for a quantized model, starts missing tensors at random, and leaves out what it does
+    not know. Raises CheckpointError.
+    """
+    state, packed = model.state_dict(), layout.tensor_specs()
+    file_of: dict[str, Path] = {}
+    for file in files:
+        for name, found in read_header(file)[0].items():
+            if name in file_of:
+                raise CheckpointError(f"{file}: tensor {name} is in {file_of[name].name}, too")
+            file_of[name] = file
+            if name not in state:
+                raise CheckpointError(f"{file}: tensor {name} does not belong to this model")
+            expected, stored = state[name], TORCH_DTYPES[found.dtype]
+            if found.shape != tuple(expected.shape):
+                raise CheckpointError(f"{file}: tensor {name} is {list(found.shape)}, expected {list(expected.shape)}")
+            exact = name in packed or not expected.is_floating_point()
+            if stored != expected.dtype if exact else not stored.is_floating_point:
+                raise CheckpointError(f"{file}: tensor {name} is {found}, expected {expected.dtype}")
+    ties = model.all_tied_weights_keys
+    there = file_of.keys() | {name for pair in ties.items() if not file_of.keys().isdisjoint(pair) for name in pair}
+    there |= set(model._keys_to_ignore_on_save or ())
+    for name in sorted(state.keys() - there if file_of else ()):
+        raise CheckpointError(f"{next(iter(file_of.values())).name}: tensor {name} is missing; run `ptq161 verify`")
+    _check_buffers(model, state)
+    return file_of
+
+
+def _check_buffers(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+    """Refuse tables that the model computes for itself, such as rotary frequencies, if they are of absurd size."""
+    for name, buffer in model.named_buffers():
+        if name not in state and buffer.nbytes > MAX_TABLE_BYTES:
+            raise CheckpointError(f"{CONFIG}: makes {name} a table of {buffer.nbytes} bytes, more than any model has")

@@ -24,9 +24,12 @@ from ptq161.selftext import sample_from_model, vocabulary_size
 
 SELF = "self"
 TEXT_SUFFIXES = (".txt", ".raw", ".utf8")
+# A few bytes of Parquet can say a text a billion times. Text compresses to a tenth; repeated text to a hundredth.
+MAX_EXPANSION, MIN_EXPANDED_BYTES = 500, 2**26
 FILE_SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet")
 _RANGE = re.compile(r"(?P<name>.+)\[(?P<bounds>[^\[\]]*)\]")
-_BOUNDS = re.compile(r"(\d+%?)?:(\d+%?)?")
+_BOUNDS = re.compile(r"(\d{1,18}%?)?:(\d{1,18}%?)?")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them, UTF-8 and tokenizers cannot
 _DOC_BLOCK = re.compile(r"^<doc [^\n]*>\n(.*?)^</doc>", re.MULTILINE | re.DOTALL)
 
 
@@ -100,6 +103,8 @@ def read_text(source: Source, split: Split) -> str:
     if source.documents is not None:
         documents = source.documents.select(documents, source.name)
     text = joint.join(documents)
+    if _SURROGATE.search(text):
+        raise InputError(f"{source.name} is not Unicode text: it has half a surrogate pair; write it anew as UTF-8")
     if not text.strip():
         raise InputError(f"{source.name} has no text in it: expected sentences to read")
     return text
@@ -215,6 +220,8 @@ def _position(bound: str, count: int) -> int:
 
 
 def _file_bytes(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise InputError(f"cannot read text from {path}: it is not a regular file")
     try:
         return path.read_bytes()
     except OSError as error:
@@ -239,8 +246,8 @@ def _jsonl_documents(path: Path) -> list[str]:
             continue
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} line {number} is not JSON: {error.msg}; expected one object a line") from error
+        except (RecursionError, ValueError) as error:  # nested too deeply; no JSON, or thousands of digits
+            raise InputError(f"{path} line {number} is not JSON: {error}; expected one object a line") from error
         text = entry.get("text") if isinstance(entry, dict) else None
         if not isinstance(text, str):
             raise InputError(f'{path} line {number} has no text: expected an object like {{"text": "..."}}')
@@ -255,14 +262,20 @@ def _parquet_documents(path: Path) -> list[str]:
         from pyarrow import parquet
     except ImportError as error:
         raise InputError(f'{path}: reading Parquet needs pyarrow; pip install "ptq161[hub]"') from error
+    documents: list[str] = []
+    left = max(MIN_EXPANDED_BYTES, MAX_EXPANSION * len(content))
     try:
-        table = parquet.read_table(pyarrow.BufferReader(content))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
-    texts = table["text"].to_pylist() if "text" in table.column_names else [None]
-    documents = [text for text in texts if isinstance(text, str)]
-    if len(documents) < len(texts):
-        raise InputError(
-            f"{path} has no text in every row of a column `text`; columns: {', '.join(table.column_names)}"
-        )
+        file = parquet.ParquetFile(pyarrow.BufferReader(content))
+        columns = file.schema_arrow
+        if columns.names.count("text") != 1 or str(columns.field("text").type) not in ("string", "large_string"):
+            raise InputError(f"{path} has no one column `text` of strings; columns: {', '.join(columns.names)}")
+        for batch in file.iter_batches(batch_size=64, columns=["text"]):
+            if batch.column(0).null_count:
+                raise InputError(f"{path} has no text in every row of its column `text`")
+            left -= batch.nbytes
+            if left < 0:
+                raise InputError(f"{path} unpacks to more than {MAX_EXPANSION} times its size: no honest text does")
+            documents += batch.column(0).to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a readable Parquet file: {error}") from error
     return documents

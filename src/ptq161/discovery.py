@@ -4,8 +4,9 @@ A block is an element of the `nn.ModuleList` whose class the model lists as not 
 its `nn.Linear`s. Which linears share an input is seen, not guessed from names: they are handed the very same tensor.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ptq161.blocks import BlockCall, tensors_to
 from ptq161.budget import LinearShape
 from ptq161.errors import UnsupportedModel, UnsupportedModule
+from ptq161.space import MEMORY, Space
 
 
 class _Seen(Exception):
@@ -82,18 +84,31 @@ def without_blocks(blocks: nn.ModuleList) -> Iterator[None]:
         blocks._modules.update(held)
 
 
-@torch.no_grad()
-def trace(
-    model: PreTrainedModel, blocks: nn.ModuleList, samples: Int64[Tensor, "samples seq"], device: torch.device
-) -> Trace:
-    """Run up to two samples through the whole model, one block on `device` at a time, and record how blocks are called.
+@contextmanager
+def replaced_blocks(blocks: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a block called by its model runs `forward(index, hidden, *args, **kwargs)` instead of itself."""
+    for index, block in enumerate(blocks):
+        vars(block)["forward"] = partial(forward, index)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
 
-    Two different samples must lead to the same call, or the calibration could not replay it. Blocks run in float32.
-    Raises UnsupportedModel if a block's call depends on the tokens in any other way than through its hidden states.
+
+@torch.no_grad()
+def trace(model: PreTrainedModel, blocks: nn.ModuleList, samples: Int64[Tensor, "samples seq"]) -> Trace:
+    """Run up to two samples through the model around its blocks, and record how these are called.
+
+    The blocks themselves run on meta, in float32: no weight of theirs is looked at. Hidden states pass them unchanged.
+    Two different samples must lead to the same calls, or the calibration could not replay them.
+
+    Raises UnsupportedModel if a block's call depends on the tokens in any other way than through its hidden states, or
+    if a block cannot run without values.
     """
-    calls, columns_from = _trace_one(model, blocks, samples[:1], device)
+    calls, columns_from = _trace_one(model, blocks, samples[:1])
     if len(samples) > 1:
-        again, _ = _trace_one(model, blocks, samples[1:2], device)
+        again, _ = _trace_one(model, blocks, samples[1:2])
         for index, (one, other) in enumerate(zip(calls, again, strict=True)):
             if not _same_tensors((one.args, one.kwargs), (other.args, other.kwargs)):
                 raise UnsupportedModel(
@@ -104,48 +119,55 @@ def trace(
 
 
 def _trace_one(
-    model: PreTrainedModel, blocks: nn.ModuleList, sample: Int64[Tensor, "1 seq"], device: torch.device
+    model: PreTrainedModel, blocks: nn.ModuleList, sample: Int64[Tensor, "1 seq"]
 ) -> tuple[list[BlockCall], list[dict[str, str]]]:
     calls: list[BlockCall] = []
     columns_from: list[dict[str, str]] = []
-    inputs: dict[str, Tensor] = {}
-    handles = []
 
-    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def forward(index: int, *args: Any, **kwargs: Any) -> Any:
         if not args:
-            raise UnsupportedModel(f"{type(block).__name__} is not given its hidden states as first argument.")
-        block.float().to(device)
-        inputs.clear()
-        call = BlockCall(tensors_to(args[1:], device), tensors_to(kwargs, device))
-        calls.append(call)
-        return (args[0].to(device), *call.args), call.kwargs
-
-    def after(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        columns_from.append(_first_with_same_input({name: inputs[name] for name in names[id(block)] if name in inputs}))
-        block.to(dtype=dtypes[id(block)], device=sources[id(block)])
-        if len(columns_from) == len(blocks):
+            raise UnsupportedModel(f"{type(blocks[index]).__name__} is not given its hidden states as first argument.")
+        if index != len(calls):
+            raise UnsupportedModel(
+                f"{type(model).__name__} calls block {index} after block {len(calls) - 1}; calibration needs every "
+                "block to run once, in order."
+            )
+        hidden, *others = args
+        shared, output = _run_on_meta(blocks[index], (hidden.float(), *others), kwargs)
+        columns_from.append(shared)
+        calls.append(BlockCall(tuple(others), kwargs, len(output) if isinstance(output, tuple) else 0))
+        if len(calls) == len(blocks):
             raise _Seen
+        return calls[index].returned(hidden)
 
-    names = {id(block): [name for name, _ in block.named_modules()] for block in blocks}
-    dtypes = {id(block): next(block.parameters()).dtype for block in blocks}
-    sources = {id(block): next(block.parameters()).device for block in blocks}
-    for block in blocks:
-        handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(block.register_forward_hook(after, with_kwargs=True))
-        for name, module in block.named_modules():
-            if isinstance(module, nn.Linear):
-                handles.append(module.register_forward_pre_hook(partial(_record_input, inputs, name)))
     try:
-        model(sample, use_cache=False)
+        with replaced_blocks(blocks, forward):
+            model(sample, use_cache=False)
     except _Seen:
         return calls, columns_from
-    finally:
-        for handle in handles:
-            handle.remove()
     raise UnsupportedModel(
         f"{type(model).__name__} called {len(columns_from)} of its {len(blocks)} decoder blocks once; "
         "calibration needs every block to run once, in order."
     )
+
+
+def _run_on_meta(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, str], Any]:
+    """Which linears of a block share an input, and its output without values."""
+    meta = torch.device("meta")
+    copied = copy.deepcopy(block).to(device=meta, dtype=torch.float32)
+    vars(copied).pop("forward", None)
+    inputs: dict[str, Tensor] = {}
+    for name, module in copied.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(partial(_record_input, inputs, name))
+    try:
+        output = copied.forward(*tensors_to(args, meta), **tensors_to(kwargs, meta))
+    except RuntimeError as error:  # torch's for operations that need values
+        raise UnsupportedModel(
+            f"{type(block).__name__} cannot run without values ({str(error).partition(chr(10))[0]}); expected a block "
+            "that computes the same for every token."
+        ) from error
+    return _first_with_same_input({name: inputs[name] for name, _ in copied.named_modules() if name in inputs}), output
 
 
 def _record_input(inputs: dict[str, Tensor], name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -188,30 +210,30 @@ def config_shapes(config: PreTrainedConfig) -> dict[str, LinearShape]:
     with without_blocks(blocks):
         model.to_empty(device="cpu")
     sample = torch.zeros(1, 2, dtype=torch.int64)
-    return linear_shapes(model, prefix, blocks, trace(model, blocks, sample, torch.device("meta")))
+    return linear_shapes(model, prefix, blocks, trace(model, blocks, sample))
 
 
 @torch.no_grad()
 def first_hidden(
-    model: PreTrainedModel, blocks: nn.ModuleList, samples: Int64[Tensor, "samples seq"]
+    model: PreTrainedModel, blocks: nn.ModuleList, samples: Int64[Tensor, "samples seq"], space: Space = MEMORY
 ) -> Float[Tensor, "samples seq hidden"]:
-    """The hidden states that enter the first block, float32, for every sample."""
+    """The hidden states that enter the first block, float32, for every sample. No block and no head runs."""
     captured: list[Tensor] = []
 
-    def capture(block: nn.Module, args: tuple[Any, ...]) -> None:
-        captured.append(args[0].float())
+    def forward(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        captured.append(hidden)
         raise _Seen
 
-    handle = blocks[0].register_forward_pre_hook(capture)
-    try:
-        for sample in samples:
-            try:
+    stream = torch.empty(0, 0, 0)
+    with replaced_blocks(blocks, forward):
+        for index, sample in enumerate(samples):
+            with suppress(_Seen):
                 model(sample[None], use_cache=False)
-            except _Seen:
-                continue
-    finally:
-        handle.remove()
-    return torch.cat(captured)
+            hidden = captured.pop()
+            if not index:
+                stream = space.empty((len(samples), *hidden.shape[1:]))
+            stream[index] = hidden[0]
+    return stream
 
 
 def _same_tensors(one: Any, other: Any) -> bool:

@@ -69,7 +69,7 @@ def measure(
 ) -> tuple[float, Float[Tensor, "samples seq hidden"]]:
     """The objective in float32, averaged over the whole calibration set, and the quantized stream out of the block."""
     dense = weight_arguments({name: reconstruct(weight) for name, weight in weights.items()})
-    outputs = torch.empty_like(task.quantized_in)
+    outputs = task.space.like(task.quantized_in)
     total = 0.0
     for index in range(len(outputs)):
         hidden, full_out, local_out = task.sample(index)

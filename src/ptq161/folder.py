@@ -5,6 +5,7 @@ Every function that raises CheckpointError here says what is wrong with a file; 
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from ptq161.errors import CheckpointError
 METHOD = "ptq161"  # quantization_config.quant_method
 CONFIG, RUN, CARD = "config.json", "run.json", "README.md"
 WEIGHTS, INDEX, CHECKSUMS = "model.safetensors", "model.safetensors.index.json", "checksums.json"
+MISSING = "is missing"
 MAX_JSON_BYTES = 2**28  # no honest header or tokenizer is larger
 
 
@@ -39,7 +41,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
             raise CheckpointError(f"has {size} bytes, more than any JSON file of a checkpoint")
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}") from error
     except RecursionError as error:
@@ -53,6 +55,21 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return content
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
+
+
 def path_problem(folder: Path, name: str) -> str | None:
     """Why `name` must not be opened as a file of this folder, or None: only plain files that lie in it are.
 
@@ -62,7 +79,7 @@ def path_problem(folder: Path, name: str) -> str | None:
         return "is not a plain file name"
     path = os.path.join(folder, name)
     if not os.path.exists(path):
-        return "is missing"
+        return MISSING
     if not os.path.isfile(path):
         return "is not a regular file"
     root = os.path.realpath(folder)
@@ -126,5 +143,11 @@ def file_checksum(path: Path) -> str:
 def tensor_checksum(tensor: Tensor) -> str:
     """sha256 of the line `dtype[shape]` (such as `uint8[576, 59]`) and the tensor's bytes as stored, hexadecimal."""
     digest = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}\n".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor as a file stores them, without copying a contiguous one on the CPU."""
+    content: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return content

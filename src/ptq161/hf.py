@@ -6,33 +6,43 @@ first, and can unpack the weights once instead of at every call.
 
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ptq161.config import unknown
+from ptq161.contents import headers_for
 from ptq161.errors import CheckpointError, InputError
-from ptq161.folder import CONFIG, METHOD, path_problem, quantization_config
-from ptq161.kernels import has_fast_kernel
+from ptq161.folder import CONFIG, METHOD, quantization_config
+from ptq161.foreign import complaints, config_problem
+from ptq161.kernels import TileMemory, has_fast_kernel
 from ptq161.layout import ModelLayout, PackedLinearSpec
 from ptq161.linear import PackedLinear
 from ptq161.machine import available_memory_bytes, pick_device
 from ptq161.packing import COLUMN_TYPES, problems
 from ptq161.saving import save_packed
-from ptq161.verify import folder_problems
+from ptq161.verify import Problem, folder_problems
+from ptq161.vocabulary import install_dense, install_packed
 
 __all__ = ["PackedConfig", "PackedQuantizer", "is_packed", "load", "save_packed"]
 
 MODES = ("auto", "packed", "dense")
 ACTIVATIONS = ("int8", "float32")
-HEADER_DTYPES = {"U8": torch.uint8, "F16": torch.float16}  # the only ones that a packed linear stores
+
+
+class Checked(StrEnum):
+    """Who has checked the folder already. No JSON reads as a member of it, so no config.json can claim it."""
+
+    BY_LOAD = "by ptq161.load"
 
 
 @register_quantization_config(METHOD)
@@ -48,6 +58,7 @@ class PackedConfig(QuantizationConfigMixin):
         bits_per_weight: float | None = None,
         ptq161_version: str | None = None,
         provenance: dict[str, Any] | None = None,
+        checked: object = None,
         **layout: Any,
     ) -> None:
         # Of what else is there, `checksums` is left out on purpose: transformers writes this object when it saves the
@@ -58,6 +69,11 @@ class PackedConfig(QuantizationConfigMixin):
         self.bits_per_weight = bits_per_weight
         self.ptq161_version = ptq161_version
         self.provenance = provenance
+        self.checked = checked is Checked.BY_LOAD
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it goes into a config.json that is saved anew."""
+        return {key: value for key, value in super().to_dict().items() if key != "checked"}
 
     @property
     def layout(self) -> ModelLayout:
@@ -67,41 +83,63 @@ class PackedConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class PackedQuantizer(HfQuantizer):
-    """Puts empty PackedLinears where the layout says, lets transformers fill them, and checks what it filled in."""
+    """Puts empty packed modules where the layout says, lets transformers fill them, and checks what it filled in."""
 
     quantization_config: PackedConfig
     requires_calibration = True  # a model is quantized by `ptq161 quantize`, never while it loads
 
+    def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Refuse absurd sizes. Of what transformers calls here, this alone sees the config before a model is built."""
+        if refused := config_problem(config.to_dict()):
+            raise CheckpointError(f"{CONFIG}: {refused}")
+        return config
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
     ) -> None:
-        layout = self.quantization_config.layout
+        layout, files = self.quantization_config.layout, [Path(file) for file in checkpoint_files or ()]
+        given = str(model.config.name_or_path)
+        local = os.path.isdir(given)
+        folder = Path(given) if local else files[0].parent if files else None
+        if folder is not None and not self.quantization_config.checked:
+            _refuse(folder, folder_problems(folder, partial=not local))
         for name, spec in layout.linears.items():
             linear = _linear_to_replace(model, name, spec)
             bias = linear.bias is not None
             model.set_submodule(name, PackedLinear(spec, bias=bias, device="meta", dtype=linear.weight.dtype))
-        self.file_of = _checked_headers(model, layout, checkpoint_files or ())
+        install_packed(model, layout.vocabulary)
+        for file in files:
+            if file.parent != folder:
+                raise CheckpointError(f"{file}: is not a file of {folder}")
+        self.file_of = headers_for(model, layout, files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        packed = {name: model.get_submodule(name) for name in self.quantization_config.layout.linears}
-        for name, linear in packed.items():
-            assert isinstance(linear, PackedLinear)
-            owner = packed.get(linear.spec.columns_from or "")
-            if isinstance(owner, PackedLinear):
-                linear.share_columns(owner)
-            for tensor, what in problems(linear.spec.layout, linear.packed().tensors):
-                holder = linear.spec.columns_from if tensor == COLUMN_TYPES else None
-                path = f"{holder or name}.{tensor}"
-                file = self.file_of.get(path, "the checkpoint")
-                raise CheckpointError(f"{file}: tensor {path} {what}; run `ptq161 verify`")
-        for linear in packed.values():
-            linear.tile()  # type: ignore[operator]
+        packed = {name: model.get_submodule(name) for name in self.quantization_config.layout.modules}
+        memory = TileMemory()
+        with ExitStack() as stack:
+            files = {path: stack.enter_context(_open_to_read(path)) for path in set(self.file_of.values())}
+            for name, linear in packed.items():
+                assert isinstance(linear, PackedLinear)
+                owner = packed.get(linear.spec.columns_from or "")
+                if isinstance(owner, PackedLinear):
+                    linear.share_columns(owner)
+                if files and linear.can_be_tiled:
+                    for tensor in linear.spec.specs():
+                        full = f"{name}.{tensor}"
+                        setattr(linear, tensor, files[self.file_of[full]].get_tensor(full))
+                for tensor, what in problems(linear.spec.layout, linear.packed().tensors):
+                    holder = linear.spec.columns_from if tensor == COLUMN_TYPES else None
+                    full = f"{holder or name}.{tensor}"
+                    file = self.file_of[full].name if full in self.file_of else "the checkpoint"
+                    raise CheckpointError(f"{file}: tensor {full} {what}; run `ptq161 verify`")
+                linear.tile(memory)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name in self.quantization_config.layout.linears:
             packed = model.get_submodule(name)
             assert isinstance(packed, PackedLinear)
             model.set_submodule(name, packed.dense(dtype or model.dtype))
+        install_dense(model, dtype or model.dtype)
         return model
 
     def is_serializable(self) -> bool:
@@ -126,8 +164,9 @@ def load(
     device: a torch device, or "auto" for the GPU if there is one. dtype: of activations and unquantized tensors
     (default: as stored). mode: "packed" keeps the weights packed, and without a fast kernel unpacks them at every
     call; "dense" unpacks each once, to `nn.Linear`; "auto" is dense where the device has no fast kernel and the dense
-    weights fit in half of its available memory, else packed. activations: of packed weights on a CPU with native
-    kernels, "int8" (rounded in blocks of 128 channels) or "float32"; everything else computes in its dtype anyway.
+    weights fit in half of its available memory, else packed; embedding and head as the linears, where they are int8.
+    activations: of packed linears on a CPU with native kernels, "int8" (rounded in blocks of 128 channels) or
+    "float32"; an int8 head always multiplies float32 ones, and everything else computes in its dtype anyway.
 
     Raises CheckpointError naming file and tensor if anything is missing, damaged or of another format version.
     """
@@ -136,18 +175,17 @@ def load(
     if activations not in ACTIVATIONS:
         raise InputError(unknown("activations", activations, ACTIVATIONS))
     folder, device = Path(path), pick_device(str(device))
-    found = folder_problems(folder)
-    if found:
-        more = f" (and {len(found) - 1} more problems, see `ptq161 verify`)" if len(found) > 1 else ""
-        raise CheckpointError(f"cannot load {folder}: {found[0]}{more}")
+    _refuse(folder, folder_problems(folder))
     layout = ModelLayout.from_dict(quantization_config(folder))
     model = _from_pretrained(folder, dtype)
     model.to(device)  # type: ignore[arg-type]
     if mode == "dense" or (mode == "auto" and _better_dense(layout, device, model.dtype)):
         model.dequantize(model.dtype)
-    for module in model.modules():
+    for name in layout.linears:
+        module = model.get_submodule(name)
         if isinstance(module, PackedLinear):
-            module.exact = activations == "float32"
+            # Tiled after a move: a GPU may have kernels where the CPU has none.
+            module.tile().exact = activations == "float32"
     return model
 
 
@@ -160,21 +198,25 @@ def is_packed(path: str | Path) -> bool:
     return True
 
 
+def _refuse(folder: Path, found: list[Problem]) -> None:
+    if found:
+        more = f" (and {len(found) - 1} more problems, see `ptq161 verify`)" if len(found) > 1 else ""
+        raise CheckpointError(f"cannot load {folder}: {found[0]}{more}")
+
+
 def _from_pretrained(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    loaded: Any
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+    trusting_nothing: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    with complaints(f"{folder / CONFIG}: transformers cannot build this model", CheckpointError):
+        config = AutoConfig.from_pretrained(folder, **trusting_nothing)
+        config.quantization_config["checked"] = Checked.BY_LOAD
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype or "auto",
             use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
             output_loading_info=True,
+            **trusting_nothing,
         )
-    except CheckpointError:
-        raise
-    except (KeyError, OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: transformers cannot build this model: {error}") from error
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys"):
         for tensor in sorted(info[kind]):
@@ -188,7 +230,8 @@ def _better_dense(layout: ModelLayout, device: torch.device, dtype: torch.dtype)
     if has_fast_kernel(device):
         return False
     available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory_bytes()
-    return available is not None and layout.quantized_weights * dtype.itemsize <= available // 2
+    weights = sum(spec.layout.rows * spec.layout.cols for spec in layout.modules.values())
+    return available is not None and weights * dtype.itemsize <= available // 2
 
 
 def _linear_to_replace(model: PreTrainedModel, name: str, spec: PackedLinearSpec) -> nn.Linear:
@@ -206,36 +249,10 @@ def _linear_to_replace(model: PreTrainedModel, name: str, spec: PackedLinearSpec
     return linear
 
 
-def _checked_headers(model: PreTrainedModel, layout: ModelLayout, files: Iterable[str]) -> dict[str, str]:
-    """Tensor -> file name, from the headers alone, once they fit the model.
+def _open_to_read(path: Path) -> Any:
+    """A weight file whose tensors are read into memory of their own.
 
-    transformers compares no shapes for a quantized model, and starts missing tensors at random with a warning.
-    Raises CheckpointError.
+    transformers maps the files, and a mapping stays as long as one tensor of it is in use: the rows that were brought
+    into tiles would stay in memory with the embedding. So the mapped ones are not touched, and read anew here.
     """
-    specs, shapes = layout.tensor_specs(), {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    file_of: dict[str, str] = {}
-    root = model.config.name_or_path or ""
-    for path in map(str, files):
-        folder = root if os.path.isdir(root) else os.path.dirname(path)
-        file = os.path.relpath(path, folder)
-        refused = path_problem(Path(folder), file)
-        if refused is None and not file.endswith(".safetensors"):
-            refused = "is not safetensors; packed weights are read from no other kind of file"
-        if refused is not None:
-            raise CheckpointError(f"{file}: {refused}")
-        try:
-            with safe_open(path, framework="pt") as handle:
-                headers = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-                for name, header in headers.items():
-                    file_of[name] = file
-                    shape, dtype = tuple(header.get_shape()), header.get_dtype()
-                    if name in shapes and shape != shapes[name]:
-                        raise CheckpointError(f"{file}: tensor {name} is {list(shape)}, expected {list(shapes[name])}")
-                    if name in specs and HEADER_DTYPES.get(dtype) != specs[name].dtype:
-                        raise CheckpointError(f"{file}: tensor {name} is {dtype}, expected {specs[name].dtype}")
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: is not a readable safetensors file: {error}") from error
-    missing = sorted(specs.keys() - file_of.keys()) if file_of else []
-    if missing:
-        raise CheckpointError(f"{next(iter(file_of.values()))}: tensor {missing[0]} is missing; run `ptq161 verify`")
-    return file_of
+    return safe_open(path, framework="pt", backend="pread")

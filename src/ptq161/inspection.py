@@ -4,6 +4,7 @@ Both count the same named tensors (`contents`), so a prediction equals what `qua
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ptq161.allocation import LAYOUTS
-from ptq161.config import QuantConfig, unknown
+from ptq161.config import Head, QuantConfig, unknown
 from ptq161.contents import StoredTensor, header_bytes, into_shards, read_header, stored_tensors
 from ptq161.discovery import block_linears, config_shapes, decoder_blocks
 from ptq161.errors import CheckpointError, InputError
 from ptq161.folder import CONFIG, quantization_config
+from ptq161.foreign import complaints
 from ptq161.hf import is_packed
 from ptq161.layout import ModelLayout, PackedLinearSpec
 from ptq161.packing import LinearLayout
 from ptq161.saving import SHARD_BYTES
 from ptq161.sources import open_config
+from ptq161.vocabulary import vocabulary_specs
 
 SALIENT_WIDTH = "4bit"
 
@@ -30,27 +33,36 @@ TABLE_13 = {6_476_005_376: ("LLaMA-7B", 1.41e9), 12_687_769_600: ("LLaMA-13B", 2
 
 
 def inspect(
-    path: str | Path, *, method: str = "ptq161", bits: float | None = None, salient_ratio: float | None = None
+    path: str | Path,
+    *,
+    method: str = "ptq161",
+    bits: float | None = None,
+    salient_ratio: float | None = None,
+    head: str = Head.KEEP,
 ) -> dict[str, Any]:
     """Bits per weight and bytes by part of a packed model, or of what a model would become: `ptq161 inspect --json`.
 
     path: a packed folder, measured from the headers of its files; or a `config.json`, a dense HF folder, a `.gguf` or
     a hub name, predicted from the configuration alone at `bits` (default 1.61) or `salient_ratio`, with the tensors
-    that are not quantized in bfloat16. method: whose format to predict, a key of LAYOUTS.
+    that are not quantized in bfloat16. method: whose format to predict, a key of LAYOUTS. head: "int8" for embedding
+    and head at 8 bits.
 
     Raises InputError for a path that is none of these, CheckpointError for a damaged packed folder, UnsupportedModel.
     """
     if is_packed(path):
-        if bits is not None or salient_ratio is not None:
-            raise InputError(f"{path} is packed already; bits and salient ratio are for a model that is not")
+        if bits is not None or salient_ratio is not None or head != Head.KEEP:
+            raise InputError(f"{path} is packed already; bits, salient ratio and head are for a model that is not")
         return _measured(Path(path))
     if bits is None and salient_ratio is None:
         bits = QuantConfig.bits
     if method not in LAYOUTS:
         raise InputError(unknown("method", method, LAYOUTS))
-    settings, config = QuantConfig(bits=bits, salient_ratio=salient_ratio), open_config(path)
-    shapes = config_shapes(config)
-    return predict(_empty_model(config), LAYOUTS[method](shapes, settings, None), torch.bfloat16)
+    settings, config = QuantConfig(bits=bits, salient_ratio=salient_ratio).replaced({"head": head}), open_config(path)
+    shapes, model = config_shapes(config), _empty_model(config)
+    layout = LAYOUTS[method](shapes, settings, None)
+    if settings.head is Head.INT8:
+        layout = replace(layout, vocabulary=vocabulary_specs(model))
+    return predict(model, layout, torch.bfloat16)
 
 
 def predict(
@@ -90,7 +102,7 @@ def _report(
 ) -> dict[str, Any]:
     """All the figures, from the bytes of every tensor in the files and of the files' headers."""
     # transformers sorts config.json; in one order, equal layouts give equal sums to the last digit.
-    layout = ModelLayout(dict(sorted(layout.linears.items())))
+    layout = replace(layout, linears=dict(sorted(layout.linears.items())))
     parts = layout.parts()
     stored, weights = sum(parts.values()), layout.quantized_weights
     other = sum(sizes.values()) - stored
@@ -108,6 +120,7 @@ def _report(
         "times_smaller": 2 * weights / stored,
         "parts": parts,
         "other_bytes": other,
+        "vocabulary_bits": layout.vocabulary_bits,
         "embedding_bytes": _module_bytes(model, model.get_input_embeddings(), sizes),
         "head_bytes": _module_bytes(model, model.get_output_embeddings(), sizes),
         "header_bytes": headers,
@@ -153,7 +166,10 @@ def _layers(layout: ModelLayout) -> list[dict[str, Any]]:
 
 
 def _empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"):
+    with (
+        complaints(f"transformers cannot build the {config.model_type} model of this configuration"),
+        torch.device("meta"),
+    ):
         model = AutoModelForCausalLM.from_config(config)
     assert isinstance(model, PreTrainedModel)
     return model

@@ -6,7 +6,7 @@ and what every bit count is computed from, whether predicted from a bare config 
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ptq161.binarize import CODE_WIDTHS
@@ -31,9 +31,18 @@ class PackedLinearSpec:
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """Module name -> packed linear, for every linear that is quantized."""
+    """Module name -> packed linear, for every linear that is quantized.
+
+    vocabulary: embedding and head, where they are stored at 8 bits. They are no part of the honest bits.
+    """
 
     linears: Mapping[str, PackedLinearSpec]
+    vocabulary: Mapping[str, PackedLinearSpec] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> dict[str, PackedLinearSpec]:
+        """Everything stored packed: the linears, then embedding and head."""
+        return {**self.linears, **self.vocabulary}
 
     @property
     def quantized_weights(self) -> int:
@@ -41,15 +50,23 @@ class ModelLayout:
         return sum(spec.layout.rows * spec.layout.cols for spec in self.linears.values())
 
     def tensor_specs(self) -> dict[str, TensorSpec]:
-        """Full tensor name -> spec of everything stored because of quantization."""
-        return {f"{name}.{tensor}": s for name, spec in self.linears.items() for tensor, s in spec.specs().items()}
+        """Full tensor name -> spec of every packed tensor."""
+        return {f"{name}.{tensor}": s for name, spec in self.modules.items() for tensor, s in spec.specs().items()}
 
     def parts(self) -> dict[str, int]:
-        """Bytes by part: codes_<width> for every width of the table, columns, scales."""
+        """Bytes of the linears by part: codes_<width> for every width of the table, columns, scales."""
         counts = Counter({f"codes_{width}": 0 for width in CODE_WIDTHS} | {"columns": 0, "scales": 0})
-        for spec in self.tensor_specs().values():
-            counts[spec.part] += spec.nbytes
+        for spec in self.linears.values():
+            for tensor in spec.specs().values():
+                counts[tensor.part] += tensor.nbytes
         return dict(counts)
+
+    @property
+    def vocabulary_bits(self) -> float | None:
+        """Bits per weight of embedding and head, scales included; None where they are not packed."""
+        layouts = [spec.layout for spec in self.vocabulary.values()]
+        stored = sum(tensor.nbytes for layout in layouts for tensor in layout.specs().values())
+        return 8 * stored / sum(layout.rows * layout.cols for layout in layouts) if layouts else None
 
     @property
     def bits_per_weight(self) -> float:
@@ -70,15 +87,16 @@ class ModelLayout:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form: distinct layouts once, then an index (and the owner of shared column types) per linear."""
-        layouts = list(dict.fromkeys(spec.layout for spec in self.linears.values()))
+        layouts = list(dict.fromkeys(spec.layout for spec in self.modules.values()))
+
+        def entries(specs: Mapping[str, PackedLinearSpec]) -> dict[str, Any]:
+            return {n: {"layout": layouts.index(s.layout), "columns_from": s.columns_from} for n, s in specs.items()}
+
         return {
             "format_version": FORMAT_VERSION,
             "layouts": [asdict(layout) for layout in layouts],
-            "linears": {
-                name: {"layout": layouts.index(spec.layout), "columns_from": spec.columns_from}
-                for name, spec in self.linears.items()
-            },
-        }
+            "linears": entries(self.linears),
+        } | ({"vocabulary": entries(self.vocabulary)} if self.vocabulary else {})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ModelLayout":
@@ -92,13 +110,22 @@ class ModelLayout:
         try:
             layouts = [_linear_layout(entry) for entry in data["layouts"]]
             linears = {name: _spec(entry, layouts) for name, entry in data["linears"].items()}
+            vocabulary = {name: _spec(entry, layouts) for name, entry in data.get("vocabulary", {}).items()}
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"quantization_config is malformed: {error!r}") from error
         if not linears:
             raise CheckpointError("quantization_config is malformed: it lists no linear")
         for name, spec in linears.items():
             _check_owner(name, spec, linears)
-        return cls(linears)
+        for name, spec in vocabulary.items():
+            if spec != vocabulary_spec(spec.layout.rows, spec.layout.cols) or name in linears:
+                raise CheckpointError(f"quantization_config is malformed: {name} is no embedding or head at 8 bits")
+        return cls(linears, vocabulary)
+
+
+def vocabulary_spec(rows: int, cols: int) -> PackedLinearSpec:
+    """How an embedding or a head is packed: every row at 8 bits, with one scale."""
+    return PackedLinearSpec(LinearLayout(rows, (GroupLayout("8bit", cols, zero=False, mean=False, col=False),)))
 
 
 def paper_bits(rows: int, cols: int, salient_ratio: float) -> float:
@@ -141,7 +168,7 @@ def _positive(value: Any, name: str) -> int:
 
 def _spec(entry: Mapping[str, Any], layouts: list[LinearLayout]) -> PackedLinearSpec:
     index, owner = entry["layout"], entry["columns_from"]
-    if not isinstance(index, int) or index < 0 or not (owner is None or isinstance(owner, str)):
+    if type(index) is not int or index < 0 or not (owner is None or isinstance(owner, str)):
         raise ValueError(f"linear entry {dict(entry)!r}")
     return PackedLinearSpec(layouts[index], owner)
 

@@ -8,7 +8,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ptq161.binarize import reconstruct
-from ptq161.kernels import TiledWeight, column_types, cpu_kernels, linear, tile, tiled_linear, untile
+from ptq161.kernels import (
+    ReadyWeight,
+    TiledWeight,
+    TileMemory,
+    column_types,
+    has_tiled_kernel,
+    linear,
+    tile,
+    tiled_linear,
+    untile,
+)
 from ptq161.layout import PackedLinearSpec
 from ptq161.packing import COLUMN_TYPES, PackedWeight, unpack
 
@@ -20,12 +30,12 @@ class PackedLinear(nn.Module):
     their dtypes whatever the module is cast to: only the bias follows `module.to(dtype)`. A linear that shares the
     column types of another (`spec.columns_from`) stores none; `share_columns` points it to their owner.
 
-    Built empty, to be filled by `load_state_dict`, or from a packed weight by `of`. On a CPU with native kernels,
-    `tile` then exchanges the buffers for the order that these read (kernels/tiles.py), which makes products fast and
-    takes the place of the stored order, not room beside it. State dicts, copies and moves to another device see the
-    stored tensors all the same.
+    Built empty, to be filled by `load_state_dict`, or from a packed weight by `of`. Where there are kernels (a CPU with
+    native ones, a GPU with Triton), `tile` then exchanges the buffers for the order that these read (kernels/tiles.py),
+    which makes products fast and takes the place of the stored order, not room beside it. State dicts, copies and moves
+    to a device without kernels see the stored tensors all the same.
 
-    `exact` (only with tiles): activations stay float32 instead of int8 in blocks of 128 channels.
+    `exact` (only with tiles, only on a CPU): activations stay float32 instead of int8 in blocks of 128 channels.
     """
 
     def __init__(
@@ -45,6 +55,7 @@ class PackedLinear(nn.Module):
         self.exact = False
         # In a tuple, so that the owner does not become a submodule of this linear.
         self._columns_owner: tuple[PackedLinear, ...] = ()
+        self._ready: ReadyWeight | None = None
 
     @classmethod
     def of(cls, packed: PackedWeight, bias: Tensor | None = None) -> "PackedLinear":
@@ -60,20 +71,29 @@ class PackedLinear(nn.Module):
 
     @property
     def is_tiled(self) -> bool:
-        """Whether the weight is in the order of the CPU kernels."""
+        """Whether the weight is in the order of the kernels."""
         return "tiles" in self._buffers
 
-    def tile(self) -> "PackedLinear":
-        """Bring the weight into the order of the CPU kernels, once, in place of the stored one; returns self.
+    @property
+    def can_be_tiled(self) -> bool:
+        """Whether `tile` would do something: the weight is in the stored order, on a device with kernels for tiles."""
+        return not self.is_tiled and has_tiled_kernel(next(self.buffers()).device)
 
-        Does nothing where that would not help: on another device, or without native kernels.
+    def tile(self, memory: TileMemory | None = None) -> "PackedLinear":
+        """Bring the weight into the order of the kernels, once, in place of the stored one; returns self.
+
+        memory: where the linears of a model lie one behind the other; memory of its own if there is none.
+
+        Does nothing where that would not help: on a device without such kernels.
         """
-        if self.is_tiled or not cpu_kernels() or next(self.buffers()).device.type != "cpu":
+        if not self.can_be_tiled:
             return self
-        tiled = tile(self.packed())
+        if self.bias is not None and self.bias.data_ptr() % self.bias.element_size():
+            self.bias.data = self.bias.data.clone()  # mapped from a file whose header ends at an odd byte
+        tiled = tile(self.packed(), memory)
         order = tiled.order
         for owner in self._columns_owner:
-            order = owner.tile().get_buffer("order")
+            order = owner.tile(memory).get_buffer("order")
         self._replace_buffers({"tiles": tiled.tiles, "order": order, "col": tiled.col}, persistent=False)
         return self
 
@@ -97,14 +117,17 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch cols"]) -> Float[Tensor, "*batch rows"]:
         """Multiply by the packed weight; the result is in x's dtype."""
-        if self.is_tiled:
-            return tiled_linear(x, self._tiled(), self.bias, exact=self.exact)
+        if "tiles" in self._buffers:
+            if torch.compiler.is_compiling():
+                return tiled_linear(x, self._tiled(), self.bias, exact=self.exact)
+            return self._ready_weight().linear(x, self.bias, exact=self.exact)
         return linear(x, self.packed(), self.bias)
 
     def extra_repr(self) -> str:
         """Sizes and code widths for `print(model)`."""
         groups = ", ".join(f"{group.cols} x {group.width}" for group in self.spec.layout.groups)
-        activations = ", activations=" + ("float32" if self.exact else "int8") if self.is_tiled else ""
+        rounded = self.is_tiled and self.get_buffer("tiles").device.type == "cpu"
+        activations = ", activations=" + ("float32" if self.exact else "int8") if rounded else ""
         return f"in_features={self.in_features}, out_features={self.out_features}, columns=({groups}){activations}"
 
     def _tiled(self) -> TiledWeight:
@@ -112,6 +135,17 @@ class PackedLinear(nn.Module):
         tiles = buffers["tiles"]
         assert tiles is not None
         return TiledWeight(self.spec.layout, tiles, buffers["order"], buffers["col"])
+
+    def _ready_weight(self) -> ReadyWeight:
+        """The tiles made ready for products; made anew when the module was given other tensors."""
+        ready, buffers = self._ready, self._buffers
+        if ready is None or any(getattr(ready.weight, name) is not buffers[name] for name in ("tiles", "order", "col")):
+            ready = self._ready = ReadyWeight(self._tiled())
+        return ready
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Of copies and pickles: what is native stays here, and the copy makes its own.
+        return self.__dict__ | {"_ready": None}
 
     def _column_types(self) -> Tensor:
         if self.is_tiled:
@@ -141,7 +175,7 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         # Behind .to(), .half(), .cuda() and the like: take the packed tensors along to a device, never to a dtype.
-        if self.is_tiled and fn(torch.empty(0)).device.type != "cpu":
+        if self.is_tiled and not has_tiled_kernel(fn(torch.empty(0)).device):
             self._untile()
         packed = {id(buffer) for buffer in self._buffers.values()}
 

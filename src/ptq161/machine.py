@@ -17,11 +17,32 @@ def peak_rss_bytes() -> int:
 
 def resident_bytes() -> int | None:
     """Resident memory of this process now, in bytes; None where the system does not say."""
+    return _status_bytes("VmRSS")
+
+
+def reset_peak_rss() -> int | None:
+    """Forget the peak resident memory so far, for `recent_peak_rss_bytes`; returns the resident bytes now.
+
+    None where the system cannot do that.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return resident_bytes()
+
+
+def recent_peak_rss_bytes() -> int | None:
+    """Peak resident memory since `reset_peak_rss`, in bytes; None where the system does not say."""
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(key: str) -> int | None:
     status = Path("/proc/self/status")
     if not status.exists():
         return None
     for line in status.read_text().splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     return None
 

@@ -17,6 +17,10 @@ from ptq161.latent import SMALLEST_SCALE
 # a closed form), 1.22 (ternary) and 0.17 (4 bits, levels two apart); real rows have longer and shorter tails.
 _CANDIDATES = {"ternary": torch.linspace(0.6, 1.8, 25), "4bit": torch.linspace(0.08, 0.32, 25)}
 
+# Beyond these, candidate scales as shares of the one that just reaches a row's largest weight: where that weight is an
+# outlier, the mean square says little about the others.
+_REACHES = (0.4, 0.6, 0.8, 1.0)
+
 # Code width and number of channels of every column group of a linear, narrowest first.
 Widths = Sequence[tuple[str, int]]
 
@@ -60,10 +64,13 @@ def best_scale(
     if width.count == 2:
         return (part.abs() @ importance / importance.sum())[:, None].clamp(min=SMALLEST_SCALE)
     spread = (part.square() @ importance / importance.sum()).sqrt()[:, None]
+    candidates = [multiple * spread for multiple in _CANDIDATES[width.name].tolist()]
+    outermost = part.abs().amax(dim=1, keepdim=True) / -width.lowest
+    candidates += [torch.maximum(share * outermost, candidates[-1]) for share in _REACHES]
     best = torch.full_like(spread, torch.inf)
     chosen = spread
-    for multiple in _CANDIDATES[width.name].tolist():
-        levels = nearest_level(part / (multiple * spread).clamp(min=SMALLEST_SCALE), width)
+    for candidate in candidates:
+        levels = nearest_level(part / candidate.clamp(min=SMALLEST_SCALE), width)
         fitted = (levels * part @ importance) / (levels.square() @ importance).clamp(min=torch.finfo(part.dtype).tiny)
         scale = fitted[:, None].clamp(min=SMALLEST_SCALE)
         error = (nearest_level(part / scale, width).mul_(scale).sub_(part).square_() @ importance)[:, None]

@@ -203,8 +203,9 @@ def layout_of(weight: QuantizedWeight) -> LinearLayout:
 def problems(layout: LinearLayout, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
     """Yield (tensor name, what is wrong) for tensors that do not form a valid packed linear of this layout.
 
-    Checks names, shapes, dtypes, that every vector is finite, that column types agree with the group sizes, and that
-    no byte holds an impossible code. Values that are possible but changed are what checksums are for.
+    Checks names, shapes, dtypes, that every vector is finite, that column types agree with the group sizes, that no
+    byte of codes is impossible, and that their padding is zero. Values that are possible but changed are what checksums
+    are for.
     """
     specs = layout.specs()
     for name in sorted(set(specs) ^ set(tensors)):
@@ -222,11 +223,21 @@ def problems(layout: LinearLayout, tensors: Mapping[str, Tensor]) -> Iterator[tu
             expected_counts = [group.cols for group in layout.groups]
             if found_counts != expected_counts:
                 yield name, f"assigns {found_counts} channels to the groups, expected {expected_counts}"
+            elif _has_padding(tensor, layout.cols, type_width(len(layout.groups)).count):
+                yield name, "has padding that is not zero"
         elif tensor.dtype == torch.uint8 and tensor.numel():
             group = layout.groups[int(name.rpartition("_")[2]) if "_" in name else 0]
             count = CODE_WIDTHS[group.width].count
             if int(tensor.max()) >= count ** codes_per_byte(count):
                 yield name, f"has a byte that is no {group.width} code"
+            elif _has_padding(tensor, layout.rows if name.startswith("zero_") else group.cols, count):
+                yield name, "has padding that is not zero"
+
+
+def _has_padding(packed: Tensor, codes: int, count: int) -> bool:
+    """Whether the last byte of any row has other digits than zero after its last code."""
+    last = codes - (packed.shape[-1] - 1) * codes_per_byte(count)
+    return int(packed[..., -1].max()) >= int(count**last)
 
 
 def checked(layout: LinearLayout, tensors: Mapping[str, Tensor], where: str) -> PackedWeight:

@@ -1,40 +1,47 @@
-"""The main job around the walk: settings, files, resuming, the packed checkpoint; and what it will take beforehand."""
+"""The main job around the walk: settings, source, stages, files."""
 
-import hashlib
-import math
+import shutil
 import time
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from jaxtyping import Int64
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import ptq161
-from ptq161.blocks import float32_vectors
+from ptq161 import preflight
 from ptq161.checkpoint import WorkFolder, check_disk, check_out
-from ptq161.config import DEFAULT_PRESET, CalibrationConfig, Distill, QuantConfig, preset_named, unknown
-from ptq161.data import calibration_and_fresh_tokens
-from ptq161.distill import held_out_count, step_count, tune
+from ptq161.config import DEFAULT_PRESET, CalibrationConfig, Distill, Head, QuantConfig, preset_named, unknown
+from ptq161.data import SELF, calibration_and_fresh_tokens, parse_source
+from ptq161.dense import DenseModel
 from ptq161.errors import InputError, Ptq161Error
-from ptq161.folder import tensor_checksum
 from ptq161.hf import save_packed
 from ptq161.inspection import inspect, predict
-from ptq161.machine import free_memory_bytes, peak_rss_bytes, pick_device
+from ptq161.machine import peak_rss_bytes, pick_device
 from ptq161.methods import BASELINES, METHODS
-from ptq161.sources import DenseModel, open_dense
-from ptq161.student import memory_bytes, student_of
-from ptq161.walk import OnProgress, Prepared, Progress, packed_tensors, prepare, walk
+from ptq161.records import job, run_record
+from ptq161.sources import open_dense
+from ptq161.space import Space
+from ptq161.tuning import check_required, distill, fresh_samples, learned_samples
+from ptq161.vocabulary import pack_vocabulary, vocabulary_specs
+from ptq161.walk import OnProgress, Prepared, Progress, allot, asks_for_harms, prepare, walk
 
 __all__ = ["Progress", "plan", "quantize", "settings"]
 
 # Of what `inspect` reports, what `quantize` reports, too.
-SIZES = ("bits_per_weight", "paper_bits", "salient_ratio", "file_bytes", "quantized_weights")
+SIZES = (
+    "bits_per_weight",
+    "paper_bits",
+    "salient_ratio",
+    "file_bytes",
+    "quantized_weights",
+    "vocabulary_bits",
+    "embedding_bytes",
+    "head_bytes",
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -54,6 +61,7 @@ def quantize(
     dtype: str = "auto",
     overwrite: bool = False,
     restart: bool = False,
+    offload: str | Path | None = None,
     on_progress: OnProgress = lambda progress: None,
     **overrides: Any,
 ) -> dict[str, Any]:
@@ -61,8 +69,8 @@ def quantize(
 
     model: hub name, folder, `.gguf` file, or a model in memory (then give its tokenizer). calib: SOURCE or several.
     blocks: half-open range of decoder blocks to quantize, the others stay dense. dtype: what the tensors that are not
-    quantized are saved in; `auto` keeps 16-bit ones and saves float32 and GGUF sources in bfloat16. overrides: any
-    field of QuantConfig, e.g. bits=1.61 or epochs=4.
+    quantized are saved in; `auto` keeps 16-bit ones and saves float32 and GGUF sources in bfloat16. offload: a folder
+    for the streams of hidden states, instead of memory. overrides: any field of QuantConfig, such as bits or epochs.
 
     Returns the JSON of `ptq161 quantize --json`. Raises InputError before anything is written, Ptq161Error later, with
     finished blocks kept beside OUT.
@@ -70,52 +78,53 @@ def quantize(
     began = time.monotonic()
     config, calibration = settings(preset, calib, samples, seqlen, seed, overrides)
     out, torch_device = Path(out), pick_device(device)
-    check_out(out, overwrite=overwrite)
-    source = _source(model, tokenizer)
-    save_dtype = _save_dtype(dtype, source.dtype)
-    tokens, fresh = calibration_and_fresh_tokens(
-        calibration, _fresh_samples(config, calibration), source.tokenizer, source.model
-    )
-    learned = _learned_samples(config, tokens, fresh)
-    identity = _fingerprint(source.model.state_dict())
-    prepared = prepare(source.model, tokens, config, blocks, torch_device)
-    predicted = predict(source.model, prepared.layout, save_dtype)
-    check_disk(out, predicted["file_bytes"] + _work_bytes(prepared, tokens.shape, config))
-    if config.distill is Distill.REQUIRED and (obstacle := _obstacle(prepared, config, learned, torch_device)):
-        raise InputError(f"distillation {obstacle}; give what it needs, or --set distill=auto")
-    job = {
-        "model": identity,
-        "config": asdict(config),
-        "calibration": _fingerprint({"tokens": tokens, "fresh": fresh}),
-        "blocks": [prepared.first, prepared.last],
-        "dtype": str(save_dtype).removeprefix("torch."),
-        "device": torch_device.type,
-        "threads": torch.get_num_threads(),
-        "ptq161": ptq161.__version__,
-    }
     work = WorkFolder(out)
-    with work.open(job, restart=restart):
+    work.complete()
+    check_out(out, overwrite=overwrite)
+    source, tokenizer = _source(model, tokenizer)
+    save_dtype = _save_dtype(dtype, source.dtype)
+    # Only `self` needs the model itself to be read whole; of any other text just token ids are checked against it.
+    reader = source.whole() if SELF in map(_source_name, calibration.sources) else source.skeleton
+    tokens, fresh = calibration_and_fresh_tokens(calibration, fresh_samples(config, calibration), tokenizer, reader)
+    del reader
+    learned = learned_samples(config, tokens, fresh)
+    prepared = _with_head(prepare(source, tokens, config, blocks), config)
+    predicted = predict(source.skeleton, prepared.layout, save_dtype)
+    space = Space(None if offload is None else Path(offload))
+    _check_disks(out, space, predicted["file_bytes"], prepared, tokens.shape, config)
+    check_required(prepared, config, learned, torch_device)
+    identity = job(prepared, config, tokens, fresh, save_dtype, torch_device)
+    with work.open(identity, restart=restart):
         try:
-            for block in walk(prepared, tokens, config, torch_device, work.load_streams(), on_progress):
+            if asks_for_harms(config):
+                layout = work.load_layout()
+                if layout is None:
+                    scratch = Space(space.folder or work.path)
+                    layout = allot(prepared, tokens, config, torch_device, scratch, on_progress).layout
+                    work.save_layout(layout)
+                prepared = _with_head(replace(prepared, layout=layout), config)
+            for block in walk(prepared, tokens, config, torch_device, work.load_streams(space), on_progress, space):
                 work.save_block(block.index, block.packed, block.record)
                 if config.distill is not Distill.OFF and block.latents:
                     work.save_latents(block.index, block.latents)
                 work.save_streams(block.streams)
+                del block  # the next one comes without this one's latents
             packed, records = work.load_blocks(prepared.first, prepared.last)
-            with float32_vectors(source.model):
-                distillation = _distill(work, prepared, packed, learned, config, torch_device, on_progress)
-                if distillation is not None:
-                    distillation["fresh"] = learned is fresh
-                run = _run_record(config, calibration, tokens, prepared, records, distillation, model)
-                save_packed(
-                    work.result,
-                    source.model,
-                    prepared.layout,
-                    packed,
-                    dtype=save_dtype,
-                    run=run,
-                    tokenizer=source.tokenizer,
-                )
+            tuned = distill(work, prepared, learned, config, torch_device, on_progress)
+            distillation = None if tuned is None else tuned.record | {"fresh": learned is fresh}
+            name = str(model.config.name_or_path) if isinstance(model, PreTrainedModel) else str(model)
+            shutil.rmtree(work.result, ignore_errors=True)
+            vocabulary = pack_vocabulary(source.weights, prepared.layout.vocabulary)
+            save_packed(
+                work.result,
+                source.skeleton,
+                prepared.layout,
+                ChainMap(vocabulary, dict(tuned.packed) if tuned else {}, packed),  # type: ignore[arg-type]
+                weights=source.weights if tuned is None else ChainMap(dict(tuned.norms), source.weights),  # type: ignore[arg-type]
+                dtype=save_dtype,
+                run=run_record(name, config, calibration, tokens, prepared, records, distillation),
+                tokenizer=tokenizer,
+            )
             work.publish()
         except (OSError, SafetensorError) as error:
             raise Ptq161Error(
@@ -129,85 +138,19 @@ def quantize(
         "peak_rss_bytes": peak_rss_bytes(),
         "blocks": records,
         "distillation": distillation,
+        "weights_in_memory": source.resident,
     }
 
 
-def _distill(
-    work: WorkFolder,
-    prepared: Prepared,
-    packed: dict[str, Tensor],
-    samples: Int64[Tensor, "samples seq"],
-    config: QuantConfig,
-    device: torch.device,
-    on_progress: OnProgress,
-) -> dict[str, Any] | None:
-    """Tune the whole model after its blocks: replaces `packed` and the model's norm weights by what was learned.
-
-    Returns the JSON record; None where it is off, its reason under `skipped` where it does not fit. Raises Ptq161Error
-    in that case if it is required.
-    """
-    if config.distill is Distill.OFF:
-        return None
-    model = prepared.model
-    if obstacle := _obstacle(prepared, config, samples, device):
-        if config.distill is Distill.REQUIRED:
-            raise Ptq161Error(f"distillation {obstacle}; finished blocks are kept, the same command continues")
-        return {"skipped": obstacle}
-    began = time.monotonic()
-
-    def on_step(step: int, steps: int, loss: float) -> None:
-        seconds = time.monotonic() - began
-        on_progress(Progress(prepared.last, prepared.first, prepared.last, "distill", step, steps, loss, seconds))
-
-    home = next(model.parameters()).device
-    model.to(device)  # type: ignore[arg-type]
-    latents = {
-        name: w.to(device) for name, w in work.load_latents(prepared.layout, prepared.first, prepared.last).items()
-    }
-    student = student_of(model, latents, _recomputed_blocks(prepared, config, samples, device))
-    record = tune(model, student, samples.to(device), config, work.load_distillation(), on_step, work.save_distillation)
-    model.to(home)  # type: ignore[arg-type]
-    if record["kept"]:
-        packed |= packed_tensors({name: weight.quantized() for name, weight in latents.items()}, prepared.layout)
-        for name, norm in student.norms.items():
-            model.get_parameter(name).data.copy_(norm.detach())
-    return record | {"seconds": time.monotonic() - began}
-
-
-def _learned_samples(
-    config: QuantConfig, tokens: Int64[Tensor, "samples seq"], fresh: Int64[Tensor, "fresh seq"]
-) -> Int64[Tensor, "learned seq"]:
-    """What distillation learns from: fresh samples, or the calibration samples again where the text has no more."""
-    enough = len(fresh) - held_out_count(len(fresh)) >= config.distill_batch_size
-    return fresh if config.distill_fresh and enough else tokens
-
-
-def _obstacle(prepared: Prepared, config: QuantConfig, samples: Tensor, device: torch.device) -> str | None:
-    """Why distillation cannot run, if it cannot: a method that learns no codes, too little text or memory."""
-    if config.method != "mixed":
-        return f"needs codes that are learned, and those of method {config.method} are not"
-    if step_count(len(samples) - held_out_count(len(samples)), samples.shape[1], config) < 1:
-        return (
-            f"needs {config.distill_batch_size} samples besides a held-out one, and distill_tokens for them; there are "
-            f"{len(samples)} of {samples.shape[1]} tokens, and distill_tokens={config.distill_tokens}"
-        )
-    weights, seqlen = prepared.layout.quantized_weights, samples.shape[1]
-    needed = memory_bytes(prepared.model, weights, seqlen, config, recomputed=True)
-    available = free_memory_bytes(device)
-    if available is None or needed <= available:
-        return None
-    return f"needs about {needed / 1e9:.1f} GB more memory, {available / 1e9:.1f} GB are free"
-
-
-def _recomputed_blocks(
-    prepared: Prepared, config: QuantConfig, samples: Tensor, device: torch.device
-) -> tuple[str, ...]:
-    """The blocks that distillation computes twice: none where memory suffices, which changes time and nothing else."""
-    available = free_memory_bytes(device)
-    needed = memory_bytes(prepared.model, prepared.layout.quantized_weights, samples.shape[1], config)
-    if available is None or needed <= available:
-        return ()
-    return tuple(f"{prepared.prefix}.{index}" for index in range(len(prepared.blocks)))
+def _check_disks(
+    out: Path, space: Space, file_bytes: int, prepared: Prepared, shape: Sequence[int], config: QuantConfig
+) -> None:
+    offloaded = space.folder is not None
+    check_disk(out, file_bytes + preflight.work_bytes(prepared, shape, config, offloaded=offloaded))
+    if space.folder is not None:
+        if not space.folder.is_dir():
+            raise InputError(f"--offload {space.folder}: expected a folder that exists, on a disk with room")
+        check_disk(space.folder / "stream", preflight.offload_bytes(prepared, shape, config))
 
 
 def plan(
@@ -222,6 +165,7 @@ def plan(
     blocks: tuple[int, int] | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    offload: str | Path | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
     """What `quantize` with the same arguments will take and give; reads, but writes nothing.
@@ -229,13 +173,14 @@ def plan(
     Returns the JSON of `ptq161 quantize --dry-run --json`: what cannot be known beforehand is None.
     """
     config, calibration = settings(preset, calib, samples, seqlen, seed, overrides)
-    torch_device = pick_device(device)
-    source = _source(model, tokenizer)
+    pick_device(device)
+    source, _ = _source(model, tokenizer)
     save_dtype = _save_dtype(dtype, source.dtype)
     tokens = torch.zeros(1, min(calibration.seqlen, 8), dtype=torch.int64)
-    prepared = prepare(source.model, tokens, config, blocks, torch_device, calibrated=False)
-    predicted = predict(source.model, prepared.layout, save_dtype)
-    shape = torch.Size((calibration.samples, calibration.seqlen))
+    prepared = _with_head(prepare(source, tokens, config, blocks), config)
+    predicted = predict(source.skeleton, prepared.layout, save_dtype)
+    shape, offloaded = (calibration.samples, calibration.seqlen), offload is not None
+    disk = predicted["file_bytes"] + preflight.work_bytes(prepared, shape, config, offloaded=offloaded)
     return {
         **{key: predicted[key] for key in SIZES},
         "dense_linears": prepared.dense_linears,
@@ -243,9 +188,11 @@ def plan(
         "peak_rss_bytes": None,
         "blocks": None,
         "distillation": None,
-        "peak_memory_bytes": _memory_bytes(prepared, shape, config),
-        "disk_bytes": predicted["file_bytes"] + _work_bytes(prepared, shape, config),
-        "flops": _flops(prepared, shape, config),
+        "weights_in_memory": source.resident,
+        "peak_memory_bytes": preflight.memory_bytes(prepared, shape, config, offloaded=offloaded),
+        "disk_bytes": disk,
+        "offload_bytes": preflight.offload_bytes(prepared, shape, config) if offloaded else None,
+        "flops": preflight.flops(prepared, shape, config),
     }
 
 
@@ -286,12 +233,24 @@ def settings(
     return config, calibration
 
 
-def _source(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> DenseModel:
+def _source(
+    model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[DenseModel, PreTrainedTokenizerBase]:
     if not isinstance(model, PreTrainedModel):
         return open_dense(model)
     if tokenizer is None:
         raise InputError("a model in memory comes without its tokenizer: give tokenizer=...")
-    return DenseModel(model, tokenizer, model.dtype)
+    return DenseModel.of(model), tokenizer
+
+
+def _with_head(prepared: Prepared, config: QuantConfig) -> Prepared:
+    if config.head is not Head.INT8:
+        return prepared
+    return replace(prepared, layout=replace(prepared.layout, vocabulary=vocabulary_specs(prepared.model.skeleton)))
+
+
+def _source_name(source: str) -> str:
+    return parse_source(source).name
 
 
 def _save_dtype(name: str, source: torch.dtype) -> torch.dtype:
@@ -300,89 +259,3 @@ def _save_dtype(name: str, source: torch.dtype) -> torch.dtype:
     if name not in DTYPES:
         raise InputError(unknown("dtype", name, ["auto", *DTYPES]))
     return DTYPES[name]
-
-
-def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and tensors: the same model or text whatever file it came from."""
-    sums = [f"{name} {tensor_checksum(tensor)}\n" for name, tensor in tensors.items()]
-    return hashlib.sha256("".join(sums).encode()).hexdigest()
-
-
-def _run_record(
-    config: QuantConfig,
-    calibration: CalibrationConfig,
-    tokens: Tensor,
-    prepared: Prepared,
-    records: Sequence[Mapping[str, Any]],
-    distillation: Mapping[str, Any] | None,
-    model: str | Path | PreTrainedModel,
-) -> dict[str, Any]:
-    """run.json: equal for equal runs, except what is under `timing`."""
-    return {
-        "model": model.config.name_or_path if isinstance(model, PreTrainedModel) else str(model),
-        "config": asdict(config),
-        "calibration": {**asdict(calibration), "tokens": tokens.numel()},
-        "blocks": [{key: record[key] for key in ("index", "loss_first", "loss_last")} for record in records],
-        "distillation": {k: v for k, v in distillation.items() if k != "seconds"} if distillation else None,
-        "bits_per_weight": prepared.layout.bits_per_weight,
-        "paper_bits": prepared.layout.paper_bits,
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "ptq161": ptq161.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "timing": {
-            "block_seconds": [record["seconds"] for record in records],
-            "distillation_seconds": (distillation or {}).get("seconds"),
-        },
-    }
-
-
-def _stream_bytes(prepared: Prepared, shape: torch.Size) -> int:
-    hidden: int = prepared.model.config.get_text_config().hidden_size
-    return 4 * math.prod(shape) * hidden
-
-
-def _fresh_samples(config: QuantConfig, calibration: CalibrationConfig) -> int:
-    """Samples to draw besides the calibration ones: what distillation can use, and those it holds out."""
-    if config.distill is Distill.OFF or config.method != "mixed" or not config.distill_fresh:
-        return 0
-    wanted = config.distill_tokens // calibration.seqlen
-    return wanted + held_out_count(wanted)
-
-
-def _work_bytes(prepared: Prepared, shape: torch.Size, config: QuantConfig) -> int:
-    """Disk for the work in progress: packed blocks, and two streams, old and new at the moment of renaming.
-
-    With distillation, the latents in float32 too, and old and new state: latents and two moments each.
-    """
-    latents = 0 if config.distill is Distill.OFF else prepared.layout.quantized_weights * 4 * (1 + 2 * 3)
-    return sum(prepared.layout.parts().values()) + 4 * _stream_bytes(prepared, shape) + latents
-
-
-def _memory_bytes(prepared: Prepared, shape: torch.Size, config: QuantConfig) -> int:
-    """Estimated peak: the process, the model, and the greater of what the blocks and what distillation needs.
-
-    The blocks need six streams, and per weight of one about seven float32 copies (original, base, signs,
-    reconstruction, its gradient, and temporaries of the product rule).
-    """
-    process = 600_000_000
-    model = sum(p.numel() * p.element_size() for p in prepared.model.parameters())
-    largest = max(sum(p.numel() for p in block.parameters()) for block in prepared.blocks)
-    blocks = 6 * _stream_bytes(prepared, shape) + 7 * 4 * largest
-    distillation = 0
-    if config.distill is not Distill.OFF:
-        distillation = memory_bytes(prepared.model, prepared.layout.quantized_weights, shape[1], config)
-    return process + model + max(blocks, distillation)
-
-
-def _flops(prepared: Prepared, shape: torch.Size, config: QuantConfig) -> int:
-    """Floating-point operations in the linears: two targets, two measurements, and three products per learning step.
-
-    Distillation takes one more product per token: the original's predictions.
-    """
-    tokens = math.prod(shape) * (4 + 3 * config.epochs)
-    if config.distill is not Distill.OFF:
-        tokens += config.distill_tokens * 4
-    return 2 * prepared.layout.quantized_weights * tokens

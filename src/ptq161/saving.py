@@ -9,13 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import ptq161
-from ptq161.contents import METADATA, into_shards, stored_tensors
-from ptq161.folder import CARD, CONFIG, INDEX, METHOD, RUN, WEIGHTS, tensor_checksum, write_checksums, write_json
+from ptq161.contents import header, in_file_order, into_shards, stored_tensors
+from ptq161.folder import (
+    CARD,
+    INDEX,
+    METHOD,
+    RUN,
+    WEIGHTS,
+    tensor_bytes,
+    tensor_checksum,
+    write_checksums,
+    write_json,
+)
 from ptq161.layout import ModelLayout
 from ptq161.packing import TensorSpec
 
@@ -31,21 +40,23 @@ def save_packed(
     dtype: torch.dtype | None,
     run: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None,
+    weights: Mapping[str, Tensor] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a packed checkpoint into `folder`, which is made if need be.
 
-    model: gives everything that is not packed, its tensors converted to `dtype` (None: kept as they are); the weights
-    of the linears in `layout` are not looked at. packed: full tensor name -> tensor for every name in
-    `layout.tensor_specs()`; read one shard of at most `shard_bytes` at a time. run: becomes run.json; the model card
-    quotes its `model`, `config` and `calibration` if they are there, and its `provenance` goes into config.json.
+    weights: everything that is not packed, by its name in the model (None: the model's own), converted to `dtype`
+    (None: kept as it is); the weights of the modules in `layout` are not looked at, and with `weights` the model may be
+    on meta. packed: full tensor name -> tensor for every name in `layout.tensor_specs()`. Tensors are read and written
+    one at a time, into files of at most `shard_bytes`. run: becomes run.json; the model card quotes its `model`,
+    `config` and `calibration` if they are there, and its `provenance` goes into config.json.
 
     Raises ValueError if layout, model and packed tensors do not belong together.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state, specs = model.state_dict(), layout.tensor_specs()
-    strange = (specs.keys() ^ packed.keys()) | ({f"{name}.weight" for name in layout.linears} - state.keys())
+    state, specs = model.state_dict() if weights is None else weights, layout.tensor_specs()
+    strange = (specs.keys() ^ packed.keys()) | ({f"{name}.weight" for name in layout.modules} - state.keys())
     if strange:
         raise ValueError(f"layout, packed tensors and model do not belong together: see {min(strange)}")
 
@@ -56,8 +67,6 @@ def save_packed(
     stored = stored_tensors(model, layout, dtype)
     checksums = _write_weights(folder, stored, read, shard_bytes)
     _packed_config(model, layout, dtype or model.dtype, run.get("provenance")).save_pretrained(folder)
-    for shard in folder.glob("*.safetensors"):
-        shard.chmod((folder / CONFIG).stat().st_mode)  # safetensors makes files that only their owner can read
     if model.can_generate():
         # Not save_pretrained, which refuses the inconsistent sampling settings that some published models carry.
         model.generation_config.to_json_file(folder / "generation_config.json")
@@ -71,15 +80,19 @@ def save_packed(
 def _write_weights(
     folder: Path, stored: Mapping[str, TensorSpec], read: Callable[[str], Tensor], shard_bytes: int
 ) -> dict[str, str]:
-    """Write the weight files, one shard in memory at a time, and the index if there are several; return checksums."""
+    """Write the weight files, one tensor in memory at a time, and the index if there are several; return checksums."""
     shards = into_shards(stored, shard_bytes)
     count = len(shards)
     files = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else [WEIGHTS]
     checksums: dict[str, str] = {}
     for file, names in zip(files, shards, strict=True):
-        tensors = {name: read(name) for name in names}
-        save_file(tensors, folder / file, METADATA)
-        checksums |= {name: tensor_checksum(tensor) for name, tensor in tensors.items()}
+        specs = {name: stored[name] for name in names}
+        with (folder / file).open("wb") as target:
+            target.write(header(specs))
+            for name in in_file_order(specs):
+                tensor = read(name)
+                target.write(tensor_bytes(tensor))
+                checksums[name] = tensor_checksum(tensor)
     if count > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = sum(spec.nbytes for spec in stored.values())
@@ -96,6 +109,8 @@ def _packed_config(
     for part in (config, *nested):
         if hasattr(part, "quantization_config"):
             del part.quantization_config  # a GGUF's or another source's: those weights are not in this folder
+        if hasattr(part, "auto_map"):
+            del part.auto_map  # it names code files, which are not in this folder either
         part.dtype = dtype
     config.architectures = [type(model).__name__]
     config.quantization_config = {
@@ -119,11 +134,16 @@ def model_card(layout: ModelLayout, run: Mapping[str, Any]) -> str:
         weights=f"{layout.quantized_weights:,}",
         bits=f"{layout.bits_per_weight:.4f}",
         paper="" if layout.paper_bits is None else f" The paper's own formula gives {layout.paper_bits:.4f}.",
+        others=VOCABULARY_TEXT.format(bits=layout.vocabulary_bits) if layout.vocabulary else OTHERS_TEXT,
         version=ptq161.__version__,
         settings=f"\n## Settings\n\n| setting | value |\n| --- | --- |\n{rows}" if rows else "",
     )
 
 
+OTHERS_TEXT = "All other tensors are stored as they are."
+VOCABULARY_TEXT = """\
+Embedding and head, which do not count there, are int8 with one scale per row, {bits:.2f} bits per weight; all other
+tensors are stored as they are."""
 CARD_TEXT = """\
 ---
 library_name: transformers
@@ -135,7 +155,7 @@ tags:
 # Packed model
 
 The {linears} packed linears{source} ({weights} weights) take **{bits} bits per weight** in this folder's files: codes,
-column types, every row and column vector and all padding counted.{paper} All other tensors are stored as they are.
+column types, every row and column vector and all padding counted.{paper} {others}
 Written by ptq161 {version} after PTQ1.61 (arXiv 2502.13179).
 
 ## Load

@@ -12,9 +12,8 @@ _SEQUENCES_AT_ONCE = 16  # bounds the key-value cache
 
 def vocabulary_size(model: PreTrainedModel) -> int:
     """How many token ids the model's input embedding has."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0]
+    size: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    return size
 
 
 @torch.inference_mode()

@@ -1,18 +1,17 @@
 """Open any MODEL: a hub name, a Hugging Face folder, a `.gguf` file, or a packed checkpoint of ours."""
 
 import re
-import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from safetensors import safe_open
+from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -23,38 +22,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.integrations.accelerate import accelerate_disk_offload
+from transformers.modeling_utils import _get_resolved_checkpoint_files
 from transformers.utils import logging
 
 from ptq161.config import unknown
+from ptq161.contents import DTYPE_NAMES
+from ptq161.dense import DenseModel, Place, StoredTensors
 from ptq161.errors import InputError, UnsupportedModel
+from ptq161.foreign import complaints, config_problem
 from ptq161.hf import MODES, is_packed, load
 from ptq161.hub import hub_reachable
 
+_TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-
-# What the loaders of transformers, gguf and safetensors were seen to raise on files that are damaged or unsupported.
-_LOADING_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
-
-
-@dataclass(frozen=True)
-class DenseModel:
-    """A model that can be quantized, its tokenizer, and the dtype its weights were stored in (GGUF: float32)."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -102,10 +85,13 @@ def open_model(
     return _model(location, config, dtype).to(device), tokenizer  # type: ignore[arg-type]
 
 
-def open_dense(path: str | Path, dtype: torch.dtype | None = None) -> DenseModel:
-    """A model to be quantized, on the CPU, in `dtype` or as stored.
+def open_dense(path: str | Path, dtype: torch.dtype | None = None) -> tuple[DenseModel, PreTrainedTokenizerBase]:
+    """A model to be quantized, in `dtype` or as stored, and its tokenizer.
 
-    Raises InputError if it cannot be loaded, or is quantized already (a GGUF counts as its float32 dequantization).
+    Weights in safetensors files are only located, to be read when asked for. Everything else is read whole: a GGUF (as
+    its float32 dequantization), a `.bin`, or a checkpoint that transformers converts while it loads.
+
+    Raises InputError if it cannot be loaded, or is quantized already.
     """
     if is_packed(path):
         raise InputError(f"{path} is a packed ptq161 checkpoint: give the model it was made from")
@@ -116,8 +102,11 @@ def open_dense(path: str | Path, dtype: torch.dtype | None = None) -> DenseModel
         method = quantization.get("quant_method", "an unnamed method")
         raise InputError(f"{path} is quantized already ({method}): give the full-precision model it was made from")
     tokenizer = _tokenizer(location, config)
+    located = None if location.gguf_file else _located(location, config, dtype)
+    if located is not None:
+        return located, tokenizer
     model = _model(location, config, dtype)
-    return DenseModel(model, tokenizer, torch.float32 if location.gguf_file else model.dtype)
+    return DenseModel.of(model, torch.float32 if location.gguf_file else None), tokenizer
 
 
 def open_config(path: str | Path) -> PreTrainedConfig:
@@ -153,6 +142,8 @@ def _locate(path: str | Path) -> _Location:
 
 def _config(location: _Location) -> PreTrainedConfig:
     with _loading("configuration", location):
+        if refused := config_problem(PreTrainedConfig.get_config_dict(location.name, **location.keywords)[0]):
+            raise InputError(f"the configuration of {location.given} {refused}")
         config: PreTrainedConfig = AutoConfig.from_pretrained(location.name, **location.keywords)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModel(
@@ -183,6 +174,62 @@ def _model(location: _Location, config: PreTrainedConfig, dtype: torch.dtype | N
     return model
 
 
+def _located(location: _Location, config: PreTrainedConfig, dtype: torch.dtype | None) -> DenseModel | None:
+    """A model whose weights stay in their safetensors files; None for one that transformers has to load by itself.
+
+    Names, ties and generation settings are worked out by the functions that `from_pretrained` uses for a model that is
+    offloaded to the disk; unlike that it maps no file before a weight of it is needed.
+    """
+    with _loading("weights", location):
+        keywords: Any = location.keywords
+        files, metadata = _get_resolved_checkpoint_files(
+            location.name, None, None, None, None, False, download_kwargs=keywords
+        )
+        if not files or not all(file.endswith(".safetensors") for file in files):
+            return None
+        headers = _headers(files)
+        stored = dtype or config.dtype or next((t.dtype for t in headers.values() if t.dtype.is_floating_point), None)
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=stored)
+        model.tie_weights(recompute_mapping=False)  # every parameter that came to be above is one of its own
+        mapping = get_model_conversion_mapping(model)
+        converted = any(not isinstance(change, WeightRenaming) for change in mapping)
+        if converted or model._get_dtype_plan(model.dtype):  # the latter: some weights are kept in another dtype
+            return None
+        index: Any = accelerate_disk_offload(model, None, files, {"": "disk"}, metadata, mapping)
+        places = {
+            name: Place(Path(entry["safetensors_file"]), entry["weight_name"], getattr(torch, entry["dtype"]))
+            for name, entry in index.items()
+        }
+        expected = model.state_dict()
+        if any(name not in places or headers[places[name].name].shape != t.shape for name, t in expected.items()):
+            return None  # which then says what is missing or misshapen
+        weights = StoredTensors({name: places[name] for name in expected})
+        for name, source in model.all_tied_weights_keys.items():
+            if places[name] != places[source] and not weights[name].equal(weights[source]):
+                return None
+        if model.can_generate():
+            nothing = dict.fromkeys(("cache_dir", "force_download", "proxies", "token"))
+            model.adjust_generation_fn(  # type: ignore[operator]
+                None, False, False, location.name, revision="main", subfolder="", **nothing, **keywords
+            )
+    return DenseModel(model.requires_grad_(False).eval(), weights, model.dtype, resident=False)
+
+
+def _headers(files: Sequence[str]) -> dict[str, Tensor]:
+    """Stored name -> tensor without values, of all files; each is opened and closed in turn."""
+    headers = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                header = file.get_slice(name)
+                dtype = _TORCH_DTYPES.get(
+                    header.get_dtype(), torch.uint8
+                )  # any that is no float's, for one unknown here
+                headers[name] = torch.empty(header.get_shape(), dtype=dtype, device="meta")
+    return headers
+
+
 def _forget_gguf(model: PreTrainedModel) -> None:
     """Its weights are plain float32 now, but transformers would refuse to save a model marked as a GGUF's."""
     if getattr(model.config, "quantization_config", None) is not None:
@@ -209,16 +256,11 @@ def _tokenizer(location: _Location, config: PreTrainedConfig) -> PreTrainedToken
 @contextmanager
 def _loading(part: str, location: _Location) -> Iterator[None]:
     """Turns whatever transformers raises inside into one line that names the model and the part."""
-    try:
-        with _quiet(bars=not location.local_only):
-            yield
-    except _LOADING_ERRORS as error:
-        reason = shorten(str(error), 200, placeholder=" ...") or type(error).__name__
-        if location.name == location.given and not Path(location.given).exists():
-            raise InputError(
-                f"{location.given} is neither a local folder or file nor a model from the Hugging Face hub: {reason}"
-            ) from error
-        raise InputError(f"cannot load the {part} of {location.given}: {reason}") from error
+    what = f"cannot load the {part} of {location.given}"
+    if location.name == location.given and not Path(location.given).exists():
+        what = f"{location.given} is neither a local folder or file nor a model from the Hugging Face hub"
+    with complaints(what), _quiet(bars=not location.local_only):
+        yield
 
 
 @contextmanager

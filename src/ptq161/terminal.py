@@ -3,8 +3,8 @@
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from ptq161.errors import InputError
 from ptq161.machine import peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -95,6 +96,9 @@ class QuantizeMeter(_Meter):
         """Show one report; without a terminal, a line for each finished block and each tenth of the distillation."""
         if progress.phase == "distill":
             return self._distill(progress)
+        if progress.phase == "measure":
+            text = f"measuring what widths are worth {progress.step}/{progress.steps}"
+            return self.show(text, progress.step / progress.steps, duration(progress.seconds))
         if self.began_at is None:
             self.began_at = progress.block  # not `first` when an interrupted run is continued
         finished = progress.phase == "save"
@@ -132,6 +136,63 @@ class EvaluationMeter(_Meter):
         if done * 10 // total > self.tenths:
             self.tenths = done * 10 // total
             self.line(f"{self.name}: window {done}/{total}")
+
+
+def writer(*, silent: bool) -> Callable[[str], None]:
+    """Writes pieces of text to stdout as they come, or nowhere."""
+
+    def write(text: str) -> None:
+        if not silent:
+            print(text, end="", flush=True)
+
+    return write
+
+
+def reader(prompt: str, *, hint: str | None, silent: bool) -> Callable[[], str]:
+    """Reads a line of standard input at each call. A person there sees first the hint, and a prompt each time.
+
+    silent: nothing is written to stdout. The function raises EOFError at the end, InputError for what is no text.
+    """
+    person = sys.stdin.isatty()
+    editing = person and sys.stdout.isatty() and not silent
+    if person and hint is not None:
+        print(hint, file=sys.stderr)
+    if editing:
+        with suppress(ImportError):  # not everywhere; then lines can only be typed
+            import readline  # noqa: F401
+
+    def read() -> str:
+        if editing:
+            try:
+                return input(prompt)
+            except (EOFError, KeyboardInterrupt):
+                print()  # what comes next starts on a line of its own
+                raise
+        if person:
+            print(prompt, end="", file=sys.stderr, flush=True)
+        try:
+            line = sys.stdin.readline()
+            line.encode()  # in the C locale, bytes that are no UTF-8 arrive as lone surrogates
+        except UnicodeError as error:
+            raise InputError("standard input is not UTF-8 text") from error
+        if not line:
+            raise EOFError
+        return line
+
+    return read
+
+
+def show_written(result: Mapping[str, Any], *, text: bool, figures: bool) -> None:
+    """Ends the line of a text that was written piece by piece (text), and says on stderr how fast it was (figures)."""
+    if text:
+        print(flush=True)
+    if not figures:
+        return
+    if result["tokens"] is None:
+        print("stopped", file=sys.stderr)
+        return
+    speed = "" if result["tok_s"] is None else f", {result['tok_s']:.1f} tokens/s after the first"
+    print(f"{result['tokens']} tokens in {duration(result['seconds'])}{speed}", file=sys.stderr)
 
 
 def size(count: int) -> str:
@@ -178,7 +239,13 @@ def _budget_rows(result: Mapping[str, Any]) -> dict[str, str]:
         "channels kept at 4 bits": f"{result['salient_ratio']:.2%}",
         "quantized weights": f"{result['quantized_weights']:,}",
         "linears left dense": str(result["dense_linears"]),
+        "embedding and head": size(result["embedding_bytes"] + result["head_bytes"]) + _vocabulary_bits(result),
     }
+
+
+def _vocabulary_bits(result: Mapping[str, Any]) -> str:
+    bits = result["vocabulary_bits"]
+    return "" if bits is None else f", int8: {bits:.2f} bits per weight, counted apart"
 
 
 def show_quantized(out: Console, result: Mapping[str, Any], source_bytes: int | None, next_commands: list[str]) -> None:
@@ -221,8 +288,10 @@ def show_plan(out: Console, result: Mapping[str, Any]) -> None:
     """What `quantize --dry-run` found out."""
     rows = _budget_rows(result) | {
         "weight files": size(result["file_bytes"]),
+        "weights": "read whole into memory" if result["weights_in_memory"] else "read block by block",
         "peak memory, about": size(result["peak_memory_bytes"]),
         "disk, while it runs": size(result["disk_bytes"]),
+        **({} if result["offload_bytes"] is None else {"disk of --offload": size(result["offload_bytes"])}),
         "work in the linears": f"{result['flops']:.2e} floating-point operations",
     }
     out.print(figures_table(rows))
@@ -254,8 +323,9 @@ def show_inspected(out: Console, path: str, result: Mapping[str, Any]) -> None:
     table.add_section()
     table.add_row("linears", f"{stored:,}", f"{stored / file_bytes:.1%}", f"{result['bits_per_weight']:.4f}")
     rest = result["other_bytes"] - result["embedding_bytes"] - result["head_bytes"]
-    head = "head (tied: the embedding)" if not result["head_bytes"] else "head"
-    others = {"embedding": result["embedding_bytes"], head: result["head_bytes"], "everything else": rest}
+    int8 = "" if result["vocabulary_bits"] is None else " (int8)"
+    head = f"head{int8}" if result["head_bytes"] else "head (tied: the embedding)"
+    others = {f"embedding{int8}": result["embedding_bytes"], head: result["head_bytes"], "everything else": rest}
     for name, count in (others | {"file headers": result["header_bytes"]}).items():
         table.add_row(name, f"{count:,}", f"{count / file_bytes:.1%}", "")
     table.add_section()
@@ -310,15 +380,21 @@ def show_shape_speed(out: Console, result: Mapping[str, Any]) -> None:
 
 def show_model_speed(out: Console, result: Mapping[str, Any]) -> None:
     """A whole model: one row per contender."""
-    table = numbers_table("weights", "prefill tokens/s", "decode tokens/s")
+    table = numbers_table("weights", "prompt", "prefill tokens/s", "decode tokens/s", "by CPU time: prefill", "decode")
     for row in result["measured"]:
-        table.add_row(row["weights"], f"{row['prefill_tok_s']:.1f}", f"{row['decode_tok_s']:.1f}")
-    sizes = f"{result['prompt_tokens']} prompt and {result['new_tokens']} new tokens"
-    out.print(f"{result['model']}, {_where(result)}, {sizes}")
+        keys = ("prefill_tok_s", "decode_tok_s", "prefill_cpu_tok_s", "decode_cpu_tok_s")
+        numbers = (optional(row[key], ".1f") for key in keys)
+        table.add_row(row["weights"], str(row["prompt_tokens"]), *numbers)
+    out.print(f"{result['model']}, {_where(result)}, {result['new_tokens']} new tokens after each prompt")
     out.print(table)
-    memory = "" if result["resident_bytes"] is None else f", {size(result['resident_bytes'])} resident"
-    out.print(f"loaded in {duration(result['load_seconds'])}{memory}; packed linears: {size(result['weight_bytes'])}")
-    _show_speedup(out, result)
+    file = result["file_bytes"]
+    resident, peak = (result[key] for key in ("resident_bytes", "load_peak_bytes"))
+    memory = "" if resident is None else f"; {size(resident)} resident ({resident / file:.2f} of the file)"
+    highest = "" if peak is None else f", {peak / file:.2f} at the highest while loading"
+    seconds, linears = duration(result["load_seconds"]), size(result["weight_bytes"])
+    out.print(f"loaded in {seconds}{memory}{highest}; packed linears: {linears}")
+    for name, speedup in result["speedups"].items():
+        out.print(f"packed decodes {speedup:.1f} times as fast as {name} with the same head")
 
 
 def _where(result: Mapping[str, Any]) -> str:

@@ -11,12 +11,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ptq161.errors import CheckpointError
+from ptq161.errors import CheckpointError, one_line
 from ptq161.folder import (
     CHECKSUMS,
     CONFIG,
     INDEX,
     MAX_JSON_BYTES,
+    MISSING,
     WEIGHTS,
     file_checksum,
     path_problem,
@@ -26,10 +27,12 @@ from ptq161.folder import (
     shards,
     tensor_checksum,
 )
+from ptq161.foreign import config_problem
 from ptq161.layout import ModelLayout
 from ptq161.packing import COLUMN_TYPES, problems
 
 Checksums = Mapping[str, str | None]
+ADAPTER = "adapter_config.json"
 FOREIGN_WEIGHTS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth")
 
 
@@ -52,11 +55,25 @@ def verify(path: str | Path) -> dict[str, Any]:
     return {"ok": not found, "problems": [asdict(problem) for problem in found]}
 
 
-def folder_problems(folder: Path) -> list[Problem]:
-    """Everything wrong with a packed checkpoint, each thing once, in the order of checking."""
+def folder_problems(folder: Path, *, partial: bool = False) -> list[Problem]:
+    """Everything wrong with a packed checkpoint, each thing once, in the order of checking.
+
+    partial: files other than weights may be missing, as they are where transformers fetched a model from a hub.
+    """
+    return [
+        Problem(one_line(problem.file), problem.tensor and one_line(problem.tensor), one_line(problem.what))
+        for problem in dict.fromkeys(_problems(folder, partial))
+    ]
+
+
+def _problems(folder: Path, partial: bool) -> list[Problem]:
     if not os.path.isdir(folder):
         return [Problem(str(folder), None, "is not a folder; expected a packed checkpoint")]
     try:
+        config = read_json(folder, CONFIG)
+        refused = "has auto_map: a packed checkpoint brings no code" if "auto_map" in config else config_problem(config)
+        if refused is not None:
+            return [Problem(CONFIG, None, refused)]
         quantization = quantization_config(folder)
         layout = ModelLayout.from_dict(quantization)
     except CheckpointError as error:
@@ -64,15 +81,15 @@ def folder_problems(folder: Path) -> list[Problem]:
     found = list(_bits_problems(quantization, layout))
     files: Checksums = {}
     tensors: Checksums | None = None
-    if quantization.get("checksums") or os.path.lexists(folder / CHECKSUMS):
+    if (quantization.get("checksums") and not partial) or os.path.lexists(folder / CHECKSUMS):
         try:
             checksums = read_checksums(folder)
             files, tensors = checksums["files"], checksums["tensors"]
         except CheckpointError as error:
             found.append(Problem(CHECKSUMS, None, str(error)))
-    found += _file_problems(folder, files)
+    found += (problem for problem in _file_problems(folder, files) if not (partial and problem.what == MISSING))
     found += _weight_problems(folder, layout, tensors)
-    return list(dict.fromkeys(found))
+    return found
 
 
 def _bits_problems(quantization: Mapping[str, Any], layout: ModelLayout) -> Iterator[Problem]:
@@ -91,6 +108,8 @@ def _file_problems(folder: Path, checksums: Checksums) -> Iterator[Problem]:
         if refused is not None:
             if name in checksums or not os.path.isdir(folder / name):  # nothing in subfolders is ever read
                 yield Problem(name, None, refused)
+        elif name == ADAPTER:
+            yield Problem(name, None, "is not part of a packed checkpoint; transformers would change the model by it")
         elif name.lower().endswith(FOREIGN_WEIGHTS):
             yield Problem(name, None, "is not safetensors; a packed checkpoint keeps weights in no other kind of file")
         else:
@@ -169,16 +188,17 @@ def _tensor_problems(
     if checksums is not None:
         yield from _checksum_problems(tensors, file_of, home, checksums)
         return
+    packed = layout.modules
     for tensor in sorted(tensors.keys() - layout.tensor_specs().keys()):
         module, _, name = tensor.rpartition(".")
-        if module in layout.linears and name != "bias":
+        if module in packed and name != "bias":
             yield Problem(file_of[tensor], tensor, "does not belong to this linear")
 
 
 def _linear_problems(
     tensors: Mapping[str, Tensor], file_of: Mapping[str, str], layout: ModelLayout
 ) -> Iterator[Problem]:
-    for name, spec in layout.linears.items():
+    for name, spec in layout.modules.items():
         full = {tensor: f"{name}.{tensor}" for tensor in spec.layout.specs()}
         if spec.columns_from is not None:
             full[COLUMN_TYPES] = f"{spec.columns_from}.{COLUMN_TYPES}"

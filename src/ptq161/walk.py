@@ -1,13 +1,12 @@
-"""Walk the decoder blocks of a model in memory: quantize each, carry both streams forward.
+"""Walk the decoder blocks of a model: read each, quantize it, drop it, carry both streams forward.
 
 Two streams of hidden states go through the model side by side (Eq. 7): the full-precision one through the original
-blocks, the quantized one through what the blocks have become. Nothing here touches the disk.
+blocks, the quantized one through what the blocks have become. Of the disk nothing here knows more than a `Space` does.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,17 +17,20 @@ from transformers import PreTrainedModel
 
 from ptq161.allocation import LAYOUTS, MIXED_WIDTHS
 from ptq161.binarize import QuantizedWeight
-from ptq161.blocks import BlockTask, Streams, advance, check_stats, check_weights, float32_vectors, watch_inputs
+from ptq161.blocks import BlockTask, Streams, advance, check_stats, check_weights, watch_inputs
 from ptq161.budget import LinearShape
 from ptq161.config import Allocation, QuantConfig
-from ptq161.discovery import Trace, block_linears, decoder_blocks, first_hidden, linear_shapes, trace, without_blocks
+from ptq161.dense import DenseModel
+from ptq161.discovery import Trace, block_linears, first_hidden, linear_shapes, trace
 from ptq161.errors import InputError, NonFiniteError
 from ptq161.fit import OnStep
 from ptq161.latent import LatentWeight
 from ptq161.layout import ModelLayout
 from ptq161.methods import METHODS
+from ptq161.methods.mixed import compensates
 from ptq161.packing import pack
 from ptq161.sensitivity import shared_harms
+from ptq161.space import MEMORY, Space
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Progress:
     block: int
     first: int
     last: int
-    phase: str  # prepare, targets, learn, save; distill, after the last block
+    phase: str  # measure, first of all; prepare, targets, learn, save; distill, after the last block
     step: int
     steps: int
     loss: float | None
@@ -50,14 +52,13 @@ OnProgress = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model made ready: its blocks, how they are called, and what they will become. Everything but blocks is fp32."""
+    """A model made ready: how its blocks are called, and what they will become."""
 
-    model: PreTrainedModel
-    prefix: str
-    blocks: nn.ModuleList
+    model: DenseModel
     traced: Trace
     first: int
     last: int
+    shapes: dict[str, LinearShape]  # of the linears to be quantized
     layout: ModelLayout
     dense_linears: int  # linears of the decoder blocks outside first..last-1
 
@@ -78,65 +79,81 @@ class QuantizedBlock:
 
 
 def prepare(
-    model: PreTrainedModel,
+    model: DenseModel,
     samples: Int64[Tensor, "samples seq"],
     config: QuantConfig,
     block_range: tuple[int, int] | None,
-    device: torch.device,
-    *,
-    calibrated: bool = True,
 ) -> Prepared:
-    """Find and check the blocks, record how they are called, and fix the layout of every linear.
+    """Find and check the blocks, record how they are called, and give every linear the layout that needs no statistics.
 
-    calibrated: whether `samples` are text that may decide the layout; otherwise it is what can be known without.
-
-    Raises UnsupportedModel (and UnsupportedModule), or InputError for a block range or a bit budget out of reach.
+    No block's weights are read. Raises UnsupportedModel (and UnsupportedModule), or InputError for a block range or a
+    bit budget out of reach.
     """
-    prefix, blocks = decoder_blocks(model)
+    prefix, blocks = model.prefix, model.blocks
     first, last = block_range or (0, len(blocks))
     if not 0 <= first < last <= len(blocks):
         raise InputError(f"blocks {first}:{last} is out of range: the model has blocks 0:{len(blocks)} (half-open)")
     for index, block in enumerate(blocks):
-        block_linears(model, index, block)
-    with without_blocks(blocks):
-        model.float()
-    model.eval()
-    model.requires_grad_(False)
-    traced = trace(model, blocks, samples[:2], device)
-    every = linear_shapes(model, prefix, blocks, traced)
+        block_linears(model.skeleton, index, block)
+    traced = trace(*_around(model), samples[:2])
+    every = linear_shapes(model.skeleton, prefix, blocks, traced)
     quantized_blocks = tuple(f"{prefix}.{index}." for index in range(first, last))
     shapes = {name: shape for name, shape in every.items() if name.startswith(quantized_blocks)}
-    harms = _harms(model, shapes, samples, config, device) if calibrated else None
-    layout = LAYOUTS[config.method](shapes, config, harms)
-    return Prepared(model, prefix, blocks, traced, first, last, layout, len(every) - len(shapes))
+    layout = LAYOUTS[config.method](shapes, config, None)
+    return Prepared(model, traced, first, last, shapes, layout, len(every) - len(shapes))
 
 
-def _harms(
-    model: PreTrainedModel,
-    shapes: Mapping[str, LinearShape],
+def _around(model: DenseModel) -> tuple[PreTrainedModel, nn.ModuleList]:
+    """What comes before the blocks in float32, and the blocks in it, on meta."""
+    outside = model.outside(head=False).float()
+    blocks = outside.get_submodule(model.prefix)
+    assert isinstance(blocks, nn.ModuleList)
+    return outside, blocks
+
+
+def asks_for_harms(config: QuantConfig) -> bool:
+    """Whether the layout depends on what rounding costs in this model, which `allot` measures."""
+    return config.method == "mixed" and config.bits is not None and config.allocation is not Allocation.UNIFORM
+
+
+def allot(
+    prepared: Prepared,
     samples: Int64[Tensor, "samples seq"],
     config: QuantConfig,
     device: torch.device,
-) -> dict[str, Tensor] | None:
-    """What decides the widths of every linear, or None where the method or the settings do not ask for it.
+    space: Space,
+    on_progress: OnProgress = lambda progress: None,
+) -> Prepared:
+    """Divide the bit budget by what rounding each channel costs, one block on `device` at a time.
 
-    Raises InputError if the backward pass of the whole model does not fit the device's memory.
+    space: holds the hidden states that enter every block. Raises InputError if a block's backward pass does not fit the
+    device's memory, NonFiniteError if the model's predictions are not finite.
     """
-    if config.method != "mixed" or config.bits is None or config.allocation is Allocation.UNIFORM:
-        return None
-    generator = torch.Generator().manual_seed(config.seed)
-    home = next(model.parameters()).device
+    began = time.monotonic()
+
+    def on_pass(done: int, total: int) -> None:
+        seconds = time.monotonic() - began
+        on_progress(Progress(prepared.first, prepared.first, prepared.last, "measure", done, total, None, seconds))
+
+    chosen = samples[: config.allocation_samples]
     try:
-        model.to(device)  # type: ignore[arg-type]
-        chosen = samples[: config.allocation_samples].to(device)
-        with float32_vectors(model):
-            return shared_harms(model, shapes, chosen, MIXED_WIDTHS, generator)
+        harms = shared_harms(
+            prepared.model,
+            prepared.traced.calls,
+            prepared.shapes,
+            first_hidden(*_around(prepared.model), chosen, space),
+            chosen,
+            MIXED_WIDTHS,
+            torch.Generator().manual_seed(config.seed),
+            device,
+            space,
+            on_pass,
+        )
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"a backward pass of the whole model does not fit the memory of {device}; give --set allocation=uniform"
+            f"a backward pass of one block does not fit the memory of {device}; give --set allocation=uniform"
         ) from error
-    finally:
-        model.to(home)  # type: ignore[arg-type]
+    return replace(prepared, layout=LAYOUTS[config.method](prepared.shapes, config, harms))
 
 
 def walk(
@@ -146,14 +163,15 @@ def walk(
     device: torch.device,
     start: Streams | None = None,
     on_progress: OnProgress = lambda progress: None,
+    space: Space = MEMORY,
 ) -> Iterator[QuantizedBlock]:
     """Quantize block after block, yielding each as soon as it is done.
 
-    `start` continues an interrupted walk. One block is on `device` at a time, in float32; the model keeps its
-    original weights. Raises NonFiniteError naming block and linear.
+    `start` continues an interrupted walk and is overwritten by it. One block's weights are in memory at a time, on
+    `device`, in float32; streams lie in `space`. Raises NonFiniteError naming block and linear.
     """
     began = time.monotonic()
-    model, blocks = prepared.model, prepared.blocks
+    model, calls = prepared.model, prepared.traced.calls
 
     def report(index: int, phase: str, step: int = 0, steps: int = 1, loss: float | None = None) -> None:
         seconds = time.monotonic() - began
@@ -161,36 +179,41 @@ def walk(
 
     if start is None:
         report(prepared.first, "prepare")
-        hidden = first_hidden(model, blocks, samples)
+        hidden = first_hidden(*_around(model), samples, space)
         for index in range(prepared.first):
-            with _on_device(blocks[index], device):
-                hidden = advance(blocks[index], prepared.traced.calls[index], hidden, device)
-        start = Streams(prepared.first, hidden, hidden.clone())
+            advance(model.block(index).to(device, torch.float32), calls[index].to(device), hidden, device, hidden)
+        start = Streams(prepared.first, hidden, space.copy(hidden))
     streams = start
     for index in range(start.next_block, prepared.last):
-        with _on_device(blocks[index], device):
-            report(index, "targets")
-            on_step = partial(report, index, "learn")
-            block = _quantize_block(prepared, index, streams, config, device, on_step)
-        report(index, "save", 1, 1, block.record["loss_last"])
-        yield block
-        streams = block.streams
+        report(index, "targets")
+        done = _quantize_block(prepared, index, streams, config, device, space, partial(report, index, "learn"))
+        report(index, "save", 1, 1, done.record["loss_last"])
+        streams = done.streams
+        yield done
+        del done  # the next block comes without this one's latents
 
 
 def _quantize_block(
-    prepared: Prepared, index: int, streams: Streams, config: QuantConfig, device: torch.device, on_step: OnStep
+    prepared: Prepared,
+    index: int,
+    streams: Streams,
+    config: QuantConfig,
+    device: torch.device,
+    space: Space,
+    on_step: OnStep,
 ) -> QuantizedBlock:
     """One block: targets, method, and the quantized stream through what will be stored."""
     began = time.monotonic()
-    task = _block_task(prepared, index, streams, device)
+    task = _block_task(prepared, index, streams, config, device, space)
     result = METHODS[config.method](task, config, on_step)
     losses = torch.tensor([result.loss_first, result.loss_last])
     if not losses.isfinite().all() or not result.outputs.isfinite().all():
         raise NonFiniteError(
-            f"block {index} of {prepared.prefix} gives a loss of {result.loss_last} (from {result.loss_first}) with "
-            "its stored factors; its activations or factors overflow. Lower lr_scale, lr_angular and lr_latent (--set)."
+            f"block {index} of {prepared.model.prefix} gives a loss of {result.loss_last} (from {result.loss_first}) "
+            "with its stored factors; its activations or factors overflow. Lower lr_scale, lr_angular and lr_latent "
+            "(--set)."
         )
-    prefix = f"{prepared.prefix}.{index}"
+    prefix = f"{prepared.model.prefix}.{index}"
     tensors = packed_tensors({f"{prefix}.{name}": weight for name, weight in result.weights.items()}, prepared.layout)
     seconds = time.monotonic() - began
     record = {
@@ -213,21 +236,30 @@ def packed_tensors(weights: Mapping[str, QuantizedWeight], layout: ModelLayout) 
     return tensors
 
 
-def _block_task(prepared: Prepared, index: int, streams: Streams, device: torch.device) -> BlockTask:
-    """Targets of one block with its original weights; statistics are collected on the full-precision pass."""
-    block, call = prepared.blocks[index], prepared.traced.calls[index].to(device)
-    linears = block_linears(prepared.model, index, block)
-    where = f"{prepared.prefix}.{index}"
+def _block_task(
+    prepared: Prepared, index: int, streams: Streams, config: QuantConfig, device: torch.device, space: Space
+) -> BlockTask:
+    """Targets of one block with its original weights; statistics are collected on the full-precision pass.
+
+    That pass goes over the stream itself, unless the method asks for it: a run that ends here continues from its saved
+    streams.
+    """
+    block = prepared.model.block(index).to(device, torch.float32)
+    call = prepared.traced.calls[index].to(device)
+    linears = block_linears(prepared.model.skeleton, index, block)
+    where = f"{prepared.model.prefix}.{index}"
     check_weights(where, linears)
+    kept = compensates(config)
     with watch_inputs(linears) as stats:
-        full_out = advance(block, call, streams.full, device)
+        full_out = advance(block, call, streams.full, device, space.like(streams.full) if kept else streams.full)
     check_stats(where, stats)
-    local_out = advance(block, call, streams.quantized, device)
+    local_out = advance(block, call, streams.quantized, device, space.like(streams.quantized))
     return BlockTask(
         index=index,
         block=block,
         linears=linears,
         columns_from=prepared.traced.columns_from[index],
+        full_in=streams.full if kept else None,
         quantized_in=streams.quantized,
         full_out=full_out,
         local_out=local_out,
@@ -237,16 +269,5 @@ def _block_task(prepared: Prepared, index: int, streams: Streams, device: torch.
             name: tuple((group.width, group.cols) for group in prepared.layout.linears[f"{where}.{name}"].layout.groups)
             for name in linears
         },
+        space=space,
     )
-
-
-@contextmanager
-def _on_device(block: nn.Module, device: torch.device) -> Iterator[None]:
-    """Hold one block on a device in float32, and put it back as it was."""
-    parameter = next(block.parameters())
-    home, dtype = parameter.device, parameter.dtype
-    block.to(device=device, dtype=torch.float32)
-    try:
-        yield
-    finally:
-        block.to(device=home, dtype=dtype)

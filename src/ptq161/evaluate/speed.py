@@ -3,7 +3,8 @@
 Every contender takes its turn in every round, so that whatever else the machine does meets all of them alike. A turn is
 a short burst of calls, the first of which is not counted: it warms code, which a model's other layers would have done.
 Weights are cold: each has copies that together are four times the last-level cache, and every call uses the next copy.
-What DRAM can deliver is a contender too: a loop that reads as many bytes as the packed weight has in memory.
+What DRAM can deliver is a contender too: a loop that reads as many bytes as the packed weight has in memory, in pages
+of the same size (huge ones, as a loaded model's).
 
 What is timed is the call a module makes: the op, with everything it checks and rounds. Figures that sum a run up are
 made of the p10, which on a machine that others use says what it does when left alone. With one thread, the time that
@@ -24,7 +25,7 @@ from torch.nn import functional
 
 from ptq161.binarize import CODE_WIDTHS
 from ptq161.errors import InputError
-from ptq161.kernels import cpu_kernels, linear, read_memory, tile, tiled_linear
+from ptq161.kernels import ReadyWeight, TileMemory, cpu_kernels, linear, read_memory, tile
 from ptq161.packing import (
     COLUMN_TYPES,
     GroupLayout,
@@ -37,7 +38,7 @@ from ptq161.packing import (
 
 Call = Callable[[Tensor], object]
 
-FORMATS = ("mixed", "paper")
+FORMATS = ("mixed", "paper", "int8")
 READ = "DRAM read"
 BURST = 4
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
@@ -50,8 +51,9 @@ def bench_shape(
 ) -> dict[str, Any]:
     """Time products of `tokens` rows of activations with a random (rows, cols) weight, on the CPU, in torch's threads.
 
-    rounds: bursts of each contender for one token; long inputs get fewer, but two at least. format: "mixed" (31 % 1bit,
-    5 % 4bit, ternary; row scales only) or "paper" (20 % 4bit, 1bit; all vectors).
+    rounds: bursts of each contender for one token; long inputs get fewer, but two at least. format: "mixed" (46 % 1bit,
+    11 % 4bit, ternary; row scales only: 1.61 bits, divided much as `fast` divides SmolLM2-135M), "paper" (20 % 4bit,
+    1bit; all vectors) or "int8" (a head: 8bit, a row scale).
 
     Returns the command's JSON: for each number of tokens and contender median and p10 in microseconds, and from the p10
     GFLOP/s and, for packed weights, GB/s of the bytes in the file and in memory. The contract's fields follow.
@@ -95,8 +97,10 @@ def random_layout(rows: int, cols: int, format: str) -> LinearLayout:
     if format == "paper":
         counts = {"1bit": cols - int(0.198 * cols), "4bit": int(0.198 * cols)}
     elif format == "mixed":
-        signs, four = int(0.31 * cols) // 8 * 8, int(0.05 * cols) // 2 * 2
+        signs, four = int(0.46 * cols) // 8 * 8, int(0.11 * cols) // 2 * 2
         counts = {"1bit": signs, "ternary": cols - signs - four, "4bit": four}
+    elif format == "int8":
+        counts = {"8bit": cols}
     else:
         raise InputError(f"unknown format {format!r}: expected one of {', '.join(FORMATS)}")
     paper = format == "paper"
@@ -137,14 +141,14 @@ def _contenders(packed: PackedWeight) -> tuple[dict[str, tuple[torch.dtype, Call
     if not cpu_kernels():
         contenders["packed"] = (torch.float32, lambda x: linear(x, packed))
         return contenders, sum(tensor.nbytes for tensor in packed.tensors.values())
-    tiled = tile(packed)
+    tiled, memory = tile(packed), TileMemory()
     nbytes = sum(tensor.nbytes for tensor in (tiled.tiles, tiled.order, tiled.col) if tensor is not None)
-    tiles = cycle([replace(tiled, tiles=tiled.tiles.clone()) for _ in range(_copies(nbytes))])
-    contenders["packed"] = (torch.float32, lambda x: tiled_linear(x, next(tiles)))
-    contenders["packed float32"] = (torch.float32, lambda x: tiled_linear(x, next(tiles), exact=True))
-    memory = torch.ones(_copies(nbytes), -(-nbytes // 8), dtype=torch.int64)
-    parts = cycle(range(len(memory)))
-    contenders[READ] = (torch.float32, lambda x: read_memory(memory[next(parts)], torch.get_num_threads()))
+    tiles = [memory.take(*tiled.tiles.shape).copy_(tiled.tiles) for _ in range(_copies(nbytes))]
+    weights = cycle([ReadyWeight(replace(tiled, tiles=copy)) for copy in tiles])
+    contenders["packed"] = (torch.float32, lambda x: next(weights).linear(x, None, exact=False))
+    contenders["packed float32"] = (torch.float32, lambda x: next(weights).linear(x, None, exact=True))
+    words = cycle([memory.take(1, -(-nbytes // 64) * 64).fill_(1).view(torch.int64) for _ in tiles])
+    contenders[READ] = (torch.float32, lambda x: read_memory(next(words), torch.get_num_threads()))
     return contenders, nbytes
 
 

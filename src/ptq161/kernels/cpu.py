@@ -2,17 +2,18 @@
 
     ptq161::tiled_linear(x, tiles, order, col, bias, layout, exact)  ->  x @ W.T + bias     (..., cols) -> (..., rows)
     ptq161::tiled_dequantize(tiles, order, col, layout)              ->  W                  (rows, cols) float32
+    ptq161::tiled_rows(rows, tiles, layout)                          ->  W[rows]            (...) -> (..., cols) float32
 
 `layout` is a LinearLayout as integers. `exact` keeps activations in float32; otherwise they are rounded to int8 in
-blocks of 128 channels. This module alone calls the extension `_native`, and is the one place that checks what it is
+blocks of 128 channels. This module is the one place that checks what the ops are
 given: addresses and sizes go to C++, which checks the sizes once more and knows nothing of tensors.
 
-Where the extension is not built the ops compute through the reference, and nothing makes tiles by itself.
+Where the extension is not built the ops compute through the reference, and nothing makes tiles by itself. The ops'
+kernels for GPUs are in gpu.py.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,17 +22,10 @@ from torch.nn import functional
 
 from ptq161.binarize import CODE_WIDTHS, reconstruct
 from ptq161.errors import InputError
+from ptq161.kernels.native import array, kernels, native, native_layout, untile
 from ptq161.kernels.ops import LIBRARY, WIDTH_NAMES
-from ptq161.kernels.tiles import TiledWeight, code_bits, tile_bytes, tile_count, untile
+from ptq161.kernels.tiles import TiledWeight, chosen_rows, tile_bytes, tile_count
 from ptq161.packing import GroupLayout, LinearLayout, unpack
-
-native: ModuleType | None
-try:
-    from ptq161.kernels import _native as native  # type: ignore[attr-defined,no-redef,unused-ignore]
-except ImportError as error:
-    if error.name is not None and error.name != "ptq161.kernels":
-        raise  # it is there and broken
-    native = None
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -39,11 +33,7 @@ LIBRARY.define(
     "tiled_linear(Tensor x, Tensor tiles, Tensor? order, Tensor? col, Tensor? bias, int[] layout, bool exact) -> Tensor"
 )
 LIBRARY.define("tiled_dequantize(Tensor tiles, Tensor? order, Tensor? col, int[] layout) -> Tensor")
-
-
-def kernels() -> tuple[str, ...]:
-    """The native kernels that run here, fastest first; empty if the extension is not built."""
-    return () if native is None else tuple(native.kernels())
+LIBRARY.define("tiled_rows(Tensor rows, Tensor tiles, int[] layout) -> Tensor")
 
 
 def tiled_linear(x: Tensor, weight: TiledWeight, bias: Tensor | None = None, *, exact: bool = False) -> Tensor:
@@ -58,6 +48,15 @@ def tiled_linear(x: Tensor, weight: TiledWeight, bias: Tensor | None = None, *, 
     return result
 
 
+def tiled_rows(rows: Tensor, weight: TiledWeight) -> Tensor:
+    """W[rows] for row numbers of any shape: (...) -> (..., cols) float32; W has one group, and no vector but its scale.
+
+    Raises InputError for a number out of range, and for tensors whose shape, dtype or device does not fit.
+    """
+    result: Tensor = torch.ops.ptq161.tiled_rows.default(rows, weight.tiles, as_integers(weight.layout))
+    return result
+
+
 def as_integers(layout: LinearLayout) -> list[int]:
     """A layout as the op takes it: rows, then levels, columns and three flags of each group."""
     values = [layout.rows]
@@ -66,30 +65,64 @@ def as_integers(layout: LinearLayout) -> list[int]:
     return values
 
 
+class ReadyWeight:
+    """A tiled weight for calls that come by the thousand: `linear` is `tiled_linear` with less to do at every call.
+
+    What does not change is checked and worked out once, and calls that only the kernel would see go to it directly:
+    the way through torch's dispatcher and back into Python takes longer than a small model's product
+    (docs/decisions/0014-calls-past-the-dispatcher.md).
+    """
+
+    def __init__(self, weight: TiledWeight) -> None:
+        """Raises InputError for tensors whose shape, dtype or device does not fit."""
+        check_weight(weight)
+        self.weight = weight
+        self._cols, self._integers = weight.layout.cols, as_integers(weight.layout)
+        self._native = None if native is None else native_layout(weight.layout)
+
+    def linear(self, x: Tensor, bias: Tensor | None, *, exact: bool) -> Tensor:
+        """x @ W.T + bias, as `tiled_linear`."""
+        weight = self.weight
+        if self._native is None or not _only_for_the_kernel(x, bias):
+            arguments = (weight.tiles, weight.order, weight.col, bias, self._integers, exact)
+            result: Tensor = torch.ops.ptq161.tiled_linear.default(x, *arguments)
+            return result
+        if bias is not None or x.ndim == 0 or x.shape[-1] != self._cols or not _are_as_they_were(weight):
+            check(x, weight, bias)
+        return _product(self._native, x, weight, bias, exact, _FASTEST, torch.get_num_threads())
+
+
 def run_kernel(
     x: Tensor, weight: TiledWeight, bias: Tensor | None, *, exact: bool, kernel: str, threads: int
 ) -> Tensor:
     """The product by one kernel of `kernels()`, for x in float32, bfloat16 or float16. Raises InputError."""
-    assert native is not None
-    layout = weight.layout
-    _check(x, weight, bias)
+    check(x, weight, bias)
     if x.dtype not in _TYPES:
         raise InputError(f"a native kernel got x as {x.dtype}; expected float32, bfloat16 or float16")
+    return _product(native_layout(weight.layout), x, weight, bias, exact, kernel, threads)
+
+
+def _product(
+    layout: Any, x: Tensor, weight: TiledWeight, bias: Tensor | None, exact: bool, kernel: str, threads: int
+) -> Tensor:
+    """Of what was checked: addresses and sizes go to C++."""
+    assert native is not None
     x = x.contiguous()
     if bias is not None:
         bias = (bias if bias.dtype in _TYPES else bias.float()).contiguous()
-    y = x.new_empty((*x.shape[:-1], layout.rows))
+    shape = x.shape
+    y = x.new_empty((*shape[:-1], weight.layout.rows))
     native.linear(
-        _native_layout(layout),
+        layout,
         kernel,
-        x.numel() // layout.cols,
+        shape[:-1].numel(),
         _TYPES[x.dtype],
         (x.data_ptr(), x.numel()),
         (y.data_ptr(), y.numel()),
         (weight.tiles.data_ptr(), weight.tiles.numel()),
-        _array(weight.order),
-        _array(weight.col),
-        _array(bias),
+        array(weight.order),
+        array(weight.col),
+        array(bias),
         0 if bias is None else _TYPES[bias.dtype],
         exact,
         threads,
@@ -97,15 +130,33 @@ def run_kernel(
     return y
 
 
-def read_memory(words: Tensor, threads: int) -> int:
-    """Sum of int64 words modulo 2**64, read once by `threads` threads: what a product without arithmetic would cost."""
-    assert native is not None and words.dtype == torch.int64 and words.is_contiguous()
-    total: int = native.read_memory((words.data_ptr(), words.numel()), threads)
-    return total
+def _only_for_the_kernel(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing else wants to see the product: no gradient, tracer, mode or kind of tensor."""
+    if type(x) is not Tensor or x.dtype not in _TYPES or not x.is_cpu:
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return False
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or (bias is not None and torch._C._functorch.is_functorch_wrapped_tensor(bias))
+        or torch._C._get_tracing_state() is not None
+    )
 
 
-def _array(tensor: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.numel())
+def _are_as_they_were(weight: TiledWeight) -> bool:
+    """Of tensors checked before, what their `.data` could have changed, but for the sizes, which C++ checks anyway."""
+    order, col = weight.order, weight.col
+    return (
+        weight.tiles.is_contiguous()
+        and (order is None or (order.dtype is torch.int32 and order.is_contiguous()))
+        and (col is None or (col.dtype is torch.float16 and col.is_contiguous()))
+    )
+
+
+def from_integers(values: Sequence[int]) -> LinearLayout:
+    """Inverse of `as_integers`. Raises InputError for integers that describe no layout."""
+    return _layout(tuple(values))
 
 
 @lru_cache(maxsize=4096)
@@ -124,30 +175,16 @@ def _layout(values: tuple[int, ...]) -> LinearLayout:
 
 
 @lru_cache(maxsize=4096)
-def _native_layout(layout: LinearLayout) -> Any:
-    assert native is not None
-    groups = []
-    for group in layout.groups:
-        width = CODE_WIDTHS[group.width]
-        groups.append((code_bits(width), group.cols, width.lowest, width.step, group.zero, group.mean))
-    try:
-        made = native.Layout(layout.rows, groups)
-    except ValueError as error:
-        raise InputError(f"a linear of {layout.rows} x {layout.cols} is too large: {error}") from error
-    assert (made.tiles, made.tile_bytes) == (tile_count(layout), tile_bytes(layout))
-    return made
-
-
-@lru_cache(maxsize=4096)
 def _sizes(layout: LinearLayout) -> tuple[int, tuple[int, int], bool, bool]:
     """What `_check` compares with: cols, shape of the tiles, whether there is an order, whether there are scales."""
     shape = (tile_count(layout), tile_bytes(layout))
     return layout.cols, shape, len(layout.groups) > 1, any(group.col for group in layout.groups)
 
 
-def _check(x: Tensor, weight: TiledWeight, bias: Tensor | None) -> None:
+def check(x: Tensor, weight: TiledWeight, bias: Tensor | None) -> None:
+    """Raises InputError for tensors whose shape, dtype or device does not fit."""
     cols, device = weight.layout.cols, weight.tiles.device
-    _check_weight(weight)
+    check_weight(weight)
     if not x.is_floating_point() or x.ndim == 0 or x.shape[-1] != cols or x.device != device:
         raise InputError(
             f"ptq161::tiled_linear got x as {x.dtype}{list(x.shape)} on {x.device}; "
@@ -161,7 +198,8 @@ def _check(x: Tensor, weight: TiledWeight, bias: Tensor | None) -> None:
         )
 
 
-def _check_weight(weight: TiledWeight) -> None:
+def check_weight(weight: TiledWeight) -> None:
+    """Raises InputError for tensors that do not form a weight of their layout."""
     cols, shape, ordered, scaled = _sizes(weight.layout)
     _check_tensor("tiles", weight.tiles, torch.uint8, shape, weight.tiles.device)
     for name, tensor, dtype, needed in (
@@ -184,17 +222,45 @@ def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[in
 
 
 def _dequantize(tiles: Tensor, order: Tensor | None, col: Tensor | None, layout: Sequence[int]) -> Tensor:
-    weight = TiledWeight(_layout(tuple(layout)), tiles, order, col)
-    _check_weight(weight)
+    weight = TiledWeight(from_integers(layout), tiles, order, col)
+    check_weight(weight)
     return reconstruct(unpack(untile(weight)))
 
 
 def _dequantize_shape(tiles: Tensor, order: Tensor | None, col: Tensor | None, layout: Sequence[int]) -> Tensor:
-    sizes = _layout(tuple(layout))
+    sizes = from_integers(layout)
     return tiles.new_empty((sizes.rows, sizes.cols), dtype=torch.float32)
 
 
-def _reference(
+def _check_rows(rows: Tensor, weight: TiledWeight) -> None:
+    groups = weight.layout.groups
+    if len(groups) > 1 or groups[0].zero or groups[0].mean or groups[0].col:
+        raise InputError("ptq161::tiled_rows looks up rows of one column group that has no vector but its scale")
+    check_weight(weight)
+    if rows.dtype not in (torch.int64, torch.int32) or rows.device != weight.tiles.device:
+        raise InputError(
+            f"ptq161::tiled_rows got row numbers as {rows.dtype} on {rows.device}; "
+            f"expected int64 or int32 on {weight.tiles.device}"
+        )
+
+
+def _rows(rows: Tensor, tiles: Tensor, layout: Sequence[int]) -> Tensor:
+    weight = TiledWeight(_layout(tuple(layout)), tiles, None, None)
+    _check_rows(rows, weight)
+    if rows.numel():
+        lowest, highest = map(int, rows.aminmax())
+        if lowest < 0 or highest >= weight.layout.rows:
+            raise InputError(f"row {lowest if lowest < 0 else highest} is out of range: there are {weight.layout.rows}")
+    return chosen_rows(weight, rows.flatten().long()).reshape(*rows.shape, weight.layout.cols)
+
+
+def _rows_shape(rows: Tensor, tiles: Tensor, layout: Sequence[int]) -> Tensor:
+    weight = TiledWeight(_layout(tuple(layout)), tiles, None, None)
+    _check_rows(rows, weight)
+    return tiles.new_empty((*rows.shape, weight.layout.cols), dtype=torch.float32)
+
+
+def reference(
     x: Tensor,
     tiles: Tensor,
     order: Tensor | None,
@@ -203,7 +269,8 @@ def _reference(
     layout: Sequence[int],
     exact: bool,
 ) -> Tensor:
-    _check(x, TiledWeight(_layout(tuple(layout)), tiles, order, col), bias)
+    """The op on every device: the stored tensors are brought back and unpacked, and torch multiplies."""
+    check(x, TiledWeight(from_integers(layout), tiles, order, col), bias)
     weight = _dequantize(tiles, order, col, layout).to(x.dtype)
     return functional.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(x.dtype)
 
@@ -218,8 +285,8 @@ def _native_linear(
     exact: bool,
 ) -> Tensor:
     if x.dtype == torch.float64:  # nothing native computes in it
-        return _reference(x, tiles, order, col, bias, layout, exact)
-    weight = TiledWeight(_layout(tuple(layout)), tiles, order, col)
+        return reference(x, tiles, order, col, bias, layout, exact)
+    weight = TiledWeight(from_integers(layout), tiles, order, col)
     threads = torch.get_num_threads()
     return run_kernel(x, weight, bias, exact=exact, kernel=_FASTEST, threads=threads)
 
@@ -233,8 +300,8 @@ def _linear_shape(
     layout: Sequence[int],
     exact: bool,
 ) -> Tensor:
-    weight = TiledWeight(_layout(tuple(layout)), tiles, order, col)
-    _check(x, weight, bias)
+    weight = TiledWeight(from_integers(layout), tiles, order, col)
+    check(x, weight, bias)
     return x.new_empty((*x.shape[:-1], weight.layout.rows))
 
 
@@ -254,10 +321,12 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, None, None, None, grad_bias, None, None
 
 
-LIBRARY.impl("tiled_linear", _reference, "CompositeExplicitAutograd")
+LIBRARY.impl("tiled_linear", reference, "CompositeExplicitAutograd")
 LIBRARY.impl("tiled_dequantize", _dequantize, "CompositeExplicitAutograd")
+LIBRARY.impl("tiled_rows", _rows, "CompositeExplicitAutograd")
 torch.library.register_fake("ptq161::tiled_linear", _linear_shape, lib=LIBRARY)
 torch.library.register_fake("ptq161::tiled_dequantize", _dequantize_shape, lib=LIBRARY)
+torch.library.register_fake("ptq161::tiled_rows", _rows_shape, lib=LIBRARY)
 torch.library.register_autograd("ptq161::tiled_linear", _gradient, setup_context=_save_for_gradient, lib=LIBRARY)
 if native is not None:
     _FASTEST = kernels()[0]

@@ -59,9 +59,17 @@ def arguments(packed: PackedWeight) -> tuple[Any, ...]:
 
 def has_fast_kernel(device: torch.device) -> bool:
     """Whether the device has a kernel of its own, so that weights need not be unpacked at every call."""
+    return _has_kernel("ptq161::linear", device) or has_tiled_kernel(device)
+
+
+def has_tiled_kernel(device: torch.device) -> bool:
+    """Whether the device has a kernel of its own for weights in tiles (kernels/tiles.py)."""
+    return _has_kernel("ptq161::tiled_linear", device)
+
+
+def _has_kernel(op: str, device: torch.device) -> bool:
     key = torch._C._dispatch_key_for_device(device.type)
-    ops = ("ptq161::linear", "ptq161::tiled_linear")
-    return any(torch._C._dispatch_has_kernel_for_dispatch_key(op, key) for op in ops)
+    return device.type != "meta" and bool(torch._C._dispatch_has_kernel_for_dispatch_key(op, key))
 
 
 def packed_weight(

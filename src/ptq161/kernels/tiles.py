@@ -5,15 +5,16 @@ the tile, [row][4 bytes]; column 4 * k + j of a unit is in byte j at bit bits * 
 this order: csrc/kernels.h. What a tile has beyond the rows and columns of the weight is zero.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
-from jaxtyping import Int32, UInt8
+from jaxtyping import Float, Int32, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from ptq161.binarize import CODE_WIDTHS, CodeWidth
+from ptq161.binarize import CODE_WIDTHS, CodeWidth, ColumnGroup, group_values
 from ptq161.packing import (
     COLUMN_TYPES,
     GroupLayout,
@@ -28,6 +29,9 @@ from ptq161.packing import (
 TILE_ROWS = 32
 _QUAD = 4  # columns that lie side by side, one to a byte
 _CHUNK = 1 << 24  # weights that are unpacked to a byte each at once
+
+WriteCodes = Callable[[LinearLayout, int, Tensor, Tensor], None]
+ReadCodes = Callable[[LinearLayout, int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,8 @@ class _Place:
 
 
 def code_bits(width: CodeWidth) -> int:
-    """Bits of a code in memory: 1, 2 or 4."""
-    return next(bits for bits in (1, 2, 4) if 2**bits >= width.count)
+    """Bits of a code in memory: 1, 2, 4 or 8."""
+    return next(bits for bits in (1, 2, 4, 8) if 2**bits >= width.count)
 
 
 def tile_count(layout: LinearLayout) -> int:
@@ -73,18 +77,43 @@ def tile_bytes(layout: LinearLayout) -> int:
     return -(-_places(layout)[-1].end // 64) * 64
 
 
-def tile(packed: PackedWeight) -> TiledWeight:
-    """Bring a stored weight into tiles. A single group needs no order: its columns are in natural order."""
+@lru_cache(maxsize=4096)
+def group_offsets(layout: LinearLayout) -> tuple[tuple[int, int], ...]:
+    """Byte offsets of each group's codes and of its row vectors in a tile."""
+    return tuple((place.codes, place.scale) for place in _places(layout))
+
+
+def write_codes(layout: LinearLayout, index: int, codes: UInt8[Tensor, "rows bytes"], tiles: Tensor) -> None:
+    """Write the stored codes of group `index` into the tiles. The definition of what csrc/tiles.cpp does."""
+    place = _places(layout)[index]
+    width = _digits(CODE_WIDTHS[place.group.width])
+    for first, last in _chunks(layout):
+        digits = unpack_codes(codes[first * TILE_ROWS : last * TILE_ROWS], place.group.cols, width).to(torch.uint8)
+        tiles[first:last, place.codes : place.codes + place.units * TILE_ROWS * _QUAD] = _to_units(digits, place)
+
+
+def read_codes(layout: LinearLayout, index: int, tiles: Tensor) -> UInt8[Tensor, "rows bytes"]:
+    """Inverse of `write_codes`."""
+    place = _places(layout)[index]
+    parts = []
+    for first, last in _chunks(layout):
+        digits = _from_units(tiles[first:last], place)[: layout.rows - first * TILE_ROWS]
+        parts.append(pack_codes(digits, _digits(CODE_WIDTHS[place.group.width])))
+    return torch.cat(parts)
+
+
+def tile(packed: PackedWeight, write_codes: WriteCodes = write_codes, tiles: Tensor | None = None) -> TiledWeight:
+    """Bring a stored weight into tiles. A single group needs no order: its columns are in natural order.
+
+    tiles: zeros to be written, of the shape that `tile_count` and `tile_bytes` say; made if there are none.
+    """
     layout, tensors = packed.layout, packed.tensors
-    tiles = tensors["weight"].new_zeros((tile_count(layout), tile_bytes(layout)))
+    if tiles is None:
+        tiles = tensors["weight"].new_zeros((tile_count(layout), tile_bytes(layout)))
     cols = []
     for index, place in enumerate(_places(layout)):
         group, width = place.group, CODE_WIDTHS[place.group.width]
-        codes = tensors[codes_name(index)]
-        for first, last in _chunks(layout):
-            rows = slice(first * TILE_ROWS, last * TILE_ROWS)
-            digits = unpack_codes(codes[rows], group.cols, _digits(width)).to(torch.uint8)
-            tiles[first:last, place.codes : place.codes + place.units * TILE_ROWS * _QUAD] = _to_units(digits, place)
+        write_codes(layout, index, tensors[codes_name(index)], tiles)
         _put(tiles, place.scale, tensors[f"scale_{index}"])
         if group.mean:
             _put(tiles, place.mean, tensors[f"mean_{index}"])
@@ -99,17 +128,13 @@ def tile(packed: PackedWeight) -> TiledWeight:
     return TiledWeight(layout, tiles, order, torch.cat(cols) if any(group.col for group in layout.groups) else None)
 
 
-def untile(tiled: TiledWeight) -> PackedWeight:
+def untile(tiled: TiledWeight, read_codes: ReadCodes = read_codes) -> PackedWeight:
     """Inverse of `tile`: exactly the stored tensors."""
     layout, tiles = tiled.layout, tiled.tiles
     tensors, start = {}, 0
     for index, place in enumerate(_places(layout)):
         group, width = place.group, CODE_WIDTHS[place.group.width]
-        parts = []
-        for first, last in _chunks(layout):
-            digits = _from_units(tiles[first:last], place)[: layout.rows - first * TILE_ROWS]
-            parts.append(pack_codes(digits, _digits(width)))
-        tensors[codes_name(index)] = torch.cat(parts)
+        tensors[codes_name(index)] = read_codes(layout, index, tiles)
         tensors[f"scale_{index}"] = _get(tiles, place.scale, torch.float16, layout.rows)
         if group.mean:
             tensors[f"mean_{index}"] = _get(tiles, place.mean, torch.float16, layout.rows)
@@ -122,6 +147,19 @@ def untile(tiled: TiledWeight) -> PackedWeight:
     if tiled.order is not None:
         tensors[COLUMN_TYPES] = column_types(layout, tiled.order)
     return PackedWeight(layout, {name: tensors[name] for name in layout.specs()})
+
+
+def chosen_rows(tiled: TiledWeight, rows: Int64[Tensor, " chosen"]) -> Float[Tensor, "chosen cols"]:
+    """These rows, float32, of a weight whose single group has no vector but its scale: what an embedding looks up."""
+    (place,) = _places(tiled.layout)
+    group, width = place.group, CODE_WIDTHS[place.group.width]
+    tile, row = rows // TILE_ROWS, rows % TILE_ROWS
+    codes = tiled.tiles[:, place.codes : place.codes + place.units * TILE_ROWS * _QUAD]
+    units = codes.unflatten(1, (place.units, TILE_ROWS, _QUAD))[tile, :, row]
+    levels = _unit_digits(units, place).float() * width.step + width.lowest
+    scales = tiled.tiles[:, place.scale : place.scale + 2 * TILE_ROWS].view(torch.float16)
+    columns = torch.arange(group.cols, device=rows.device)
+    return group_values(ColumnGroup(columns, width, levels, scales[tile, row, None].float()))
 
 
 def column_types(layout: LinearLayout, order: Int32[Tensor, " cols"]) -> UInt8[Tensor, " bytes"]:
@@ -176,9 +214,13 @@ def _to_units(digits: UInt8[Tensor, "rows gcols"], place: _Place) -> UInt8[Tenso
 def _from_units(tiles: UInt8[Tensor, "tiles bytes"], place: _Place) -> UInt8[Tensor, "rows gcols"]:
     size = place.units * TILE_ROWS * _QUAD
     units = tiles[:, place.codes : place.codes + size].reshape(-1, place.units, TILE_ROWS, _QUAD).transpose(1, 2)
+    return _unit_digits(units, place).flatten(0, 1)
+
+
+def _unit_digits(units: UInt8[Tensor, "*batch units 4"], place: _Place) -> UInt8[Tensor, "*batch gcols"]:
     mask = 2**place.bits - 1
-    digits = torch.stack([units >> place.bits * k & mask for k in range(8 // place.bits)], dim=3)
-    return digits.reshape(-1, place.units * 32 // place.bits)[:, : place.group.cols]
+    digits = torch.stack([units >> place.bits * k & mask for k in range(8 // place.bits)], dim=-2)
+    return digits.flatten(-3)[..., : place.group.cols]
 
 
 def _put(tiles: Tensor, offset: int, vector: Tensor) -> None:

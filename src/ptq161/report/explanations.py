@@ -15,6 +15,7 @@ class Explanation:
     ranking: str  # why some columns get more bits than others
     factors: str  # what brings a level back to size
     learning: str  # what is learned of a block
+    unlearned: str  # the same where nothing is (`epochs=0`)
     channels: str  # what decides between channels; {measure} is its formula
 
 
@@ -26,16 +27,19 @@ EXPLANATIONS = {
         "Those salient columns keep 4 bits a weight, of all others only the sign is kept.",
         factors="Signs are scaled by a size per row and one per column, numbers by a size and a zero level per row.",
         learning="Signs and numbers stay fixed; what is learned are the sizes of the signs per row and per column.",
+        unlearned="Nothing was learned: signs, numbers and sizes are those of the original weights, rounded.",
         channels="How large the values x are that reach each input channel of some layers: {measure} in the original "
         "model on the calibration text.",
     ),
     "mixed": Explanation(
-        in_short="A calibration text decided which weights deserve more than others. Then all that is stored was "
-        "learned, so that each block of the model does what the original one did.",
+        in_short="A calibration text decided which weights deserve more than others, and then what is stored of each, "
+        "so that every block of the model does what the original one did.",
         ranking="An error costs far more in some columns than in others: where the input channel carries large values, "
         "or the column holds large weights. So each column gets as many bits as it is worth.",
         factors="A row has one size for each kind of column to scale its weights by, and nothing else.",
         learning="Codes and sizes are learned together: a weight may change its sign, its level or become zero.",
+        unlearned="Nothing was learned: column after column was rounded, and the columns still to come made up for "
+        "the error.",
         channels="How much each input channel of some layers counts: {measure}, where x is what reaches the channel in "
         "the original model on the calibration text, and w are the weights it is multiplied with.",
     ),
@@ -54,6 +58,12 @@ def widths_in_words(shares: Mapping[str, float]) -> str:
         f"{shares[name]:.0%} become {levels} ({label})" for name, (label, _, levels) in WIDTHS.items() if name in shares
     ]
     return f"Of the weights, {'; '.join(parts)}."
+
+
+def learning_in_words(config: Mapping[str, Any]) -> str:
+    """One sentence: how codes and sizes of a block came about, by the settings."""
+    explanation = EXPLANATIONS[config["method"]]
+    return explanation.learning if config["epochs"] else explanation.unlearned
 
 
 def objective_in_words(config: Mapping[str, Any]) -> str:

@@ -69,14 +69,14 @@ def bits_figure(parts: Mapping[str, int], weights: int, width: float) -> Figure:
 
 
 def loss_figure(blocks: Sequence[Mapping[str, Any]], width: float) -> Figure:
-    """Objective of every block before and after it was learned, on a logarithmic axis."""
+    """Objective of every block at its start and as it is stored, on a logarithmic axis."""
     with _figure(width, 2.9) as (figure, axes):
         index = [block["index"] for block in blocks]
         first = [block["loss_first"] for block in blocks]
         last = [block["loss_last"] for block in blocks]
         axes.vlines(index, last, first, color=colour("grid"), linewidth=2.5)
-        axes.plot(index, first, "o", color=colour("other"), markersize=4.5, label="before learning")
-        axes.plot(index, last, "o", color=colour("sign"), markersize=4.5, label="after learning")
+        axes.plot(index, first, "o", color=colour("other"), markersize=4.5, label="at the start")
+        axes.plot(index, last, "o", color=colour("sign"), markersize=4.5, label="as stored")
         _logarithmic(axes)
         axes.set_xlabel("decoder block")
         axes.set_ylabel("difference from the original block")

@@ -3,7 +3,13 @@
 from html import escape
 
 from ptq161.report import page
-from ptq161.report.explanations import EXPLANATIONS, distillation_in_words, objective_in_words, widths_in_words
+from ptq161.report.explanations import (
+    EXPLANATIONS,
+    distillation_in_words,
+    learning_in_words,
+    objective_in_words,
+    widths_in_words,
+)
 from ptq161.report.figures import bits_figure, channels_figure, corner_figure, loss_figure, storage_figure
 from ptq161.report.palette import WHOLE, part
 from ptq161.report.results import ModelResults
@@ -122,12 +128,12 @@ def _losses(results: ModelResults) -> list[str]:
         "<h2>Block by block</h2>",
         page.paragraph(
             "The model is quantized one decoder block at a time, so that the block's output on the calibration text "
-            f"comes close to that of the original block. {EXPLANATIONS[results.method].learning}"
+            f"comes close to that of the original block. {learning_in_words(results.config)}"
         ),
         page.figure(
             "loss",
             lambda width: loss_figure(blocks, width),
-            f"Loss of {len(blocks)} blocks before and after learning. {verdict}",
+            f"Loss of {len(blocks)} blocks at the start and as stored. {verdict}",
             f"{objective_in_words(results.config)}; added up for two targets: what the original block gives on the "
             f"original model's states and on the quantized model's. {verdict}",
         ),

@@ -1,0 +1,149 @@
+"""The end-to-end stage of a run: whether distillation can be done, the model it needs whole, its state on disk."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from ptq161.blocks import float32_vectors
+from ptq161.checkpoint import WorkFolder
+from ptq161.config import CalibrationConfig, Distill, QuantConfig
+from ptq161.dense import DenseModel
+from ptq161.discovery import decoder_blocks, without_blocks
+from ptq161.distill import held_out_count, step_count, tune
+from ptq161.errors import InputError, Ptq161Error
+from ptq161.machine import free_memory_bytes
+from ptq161.student import memory_bytes, student_of
+from ptq161.walk import OnProgress, Prepared, Progress, packed_tensors
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What the stage gave: its JSON record, and tensors to be stored instead of the blocks', by full name."""
+
+    record: dict[str, Any]
+    packed: Mapping[str, Tensor]
+    norms: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why distillation cannot run; `now` is what may be otherwise in an equal run: how much memory is free."""
+
+    reason: str
+    now: str = ""
+
+    def __str__(self) -> str:
+        """The whole sentence, for an error message."""
+        return self.reason + self.now
+
+
+def fresh_samples(config: QuantConfig, calibration: CalibrationConfig) -> int:
+    """Samples to draw besides the calibration ones: what distillation can use, and those it holds out."""
+    if config.distill is Distill.OFF or config.method != "mixed" or not config.distill_fresh:
+        return 0
+    wanted = config.distill_tokens // calibration.seqlen
+    return wanted + held_out_count(wanted)
+
+
+def learned_samples(
+    config: QuantConfig, tokens: Int64[Tensor, "samples seq"], fresh: Int64[Tensor, "fresh seq"]
+) -> Int64[Tensor, "learned seq"]:
+    """What distillation learns from: fresh samples, or the calibration samples again where the text has no more."""
+    enough = len(fresh) - held_out_count(len(fresh)) >= config.distill_batch_size
+    return fresh if config.distill_fresh and enough else tokens
+
+
+def check_required(prepared: Prepared, config: QuantConfig, samples: Tensor, device: torch.device) -> None:
+    """Raises InputError if distillation is required and cannot run."""
+    if config.distill is Distill.REQUIRED and (obstacle := _obstacle(prepared, config, samples, device)):
+        raise InputError(f"distillation {obstacle}; give what it needs, or --set distill=auto")
+
+
+def distill(
+    work: WorkFolder,
+    prepared: Prepared,
+    samples: Int64[Tensor, "samples seq"],
+    config: QuantConfig,
+    device: torch.device,
+    on_progress: OnProgress,
+) -> Tuned | None:
+    """Tune the whole model after its blocks, continuing from the state in `work`.
+
+    None where it is off; where it cannot run, the record says why under `skipped`. Raises Ptq161Error in that case if
+    it is required.
+    """
+    if config.distill is Distill.OFF:
+        return None
+    if obstacle := _obstacle(prepared, config, samples, device):
+        if config.distill is Distill.REQUIRED:
+            raise Ptq161Error(f"distillation {obstacle}; finished blocks are kept, the same command continues")
+        return Tuned({"skipped": obstacle.reason}, {}, {})
+    began = time.monotonic()
+
+    def on_step(step: int, steps: int, loss: float) -> None:
+        seconds = time.monotonic() - began
+        on_progress(Progress(prepared.last, prepared.first, prepared.last, "distill", step, steps, loss, seconds))
+
+    model = prepared.model.whole()
+    with without_blocks(decoder_blocks(model)[1]):
+        model.float()
+    model.to(device)  # type: ignore[arg-type]
+    saved = work.load_latents(prepared.layout, prepared.first, prepared.last)
+    latents = {name: weight.to(device) for name, weight in saved.items()}
+    with float32_vectors(model):
+        student = student_of(model, latents, _recomputed_blocks(prepared, config, samples, device))
+        state = work.load_distillation()
+        record = tune(model, student, samples.to(device), config, state, on_step, work.save_distillation)
+    record |= {"seconds": time.monotonic() - began}
+    if not record["kept"]:
+        return Tuned(record, {}, {})
+    packed = packed_tensors({name: weight.quantized() for name, weight in latents.items()}, prepared.layout)
+    return Tuned(record, packed, {name: norm.detach() for name, norm in student.norms.items()})
+
+
+def needed_bytes(model: DenseModel, weights: int, seqlen: int, config: QuantConfig, *, recomputed: bool = False) -> int:
+    """Estimated memory that distillation takes: the model, unless it is in memory anyway, and what is learned.
+
+    recomputed: blocks keep nothing but their inputs for the backward pass.
+    """
+    copies = 0 if model.dtype == torch.float32 else 4 * outside_weights(model)
+    learned = memory_bytes(model.skeleton, weights, seqlen, config, recomputed=recomputed)
+    return copies + (0 if model.resident else model.nbytes) + learned
+
+
+def outside_weights(model: DenseModel) -> int:
+    """How many weights are in no decoder block: embedding, head and norms."""
+    return sum(p.numel() for p in model.skeleton.parameters()) - sum(p.numel() for p in model.blocks.parameters())
+
+
+def _obstacle(prepared: Prepared, config: QuantConfig, samples: Tensor, device: torch.device) -> Obstacle | None:
+    """Why distillation cannot run, if it cannot: a method that learns no codes, too little text or memory."""
+    if config.method != "mixed":
+        return Obstacle(f"needs codes that are learned, and those of method {config.method} are not")
+    if step_count(len(samples) - held_out_count(len(samples)), samples.shape[1], config) < 1:
+        return Obstacle(
+            f"needs {config.distill_batch_size} samples besides a held-out one, and distill_tokens for them; there are "
+            f"{len(samples)} of {samples.shape[1]} tokens, and distill_tokens={config.distill_tokens}"
+        )
+    weights, seqlen = prepared.layout.quantized_weights, samples.shape[1]
+    needed = needed_bytes(prepared.model, weights, seqlen, config, recomputed=True)
+    available = free_memory_bytes(device)
+    if available is None or needed <= available:
+        return None
+    return Obstacle(f"needs about {needed / 1e9:.1f} GB more memory", f", {available / 1e9:.1f} GB are free")
+
+
+def _recomputed_blocks(
+    prepared: Prepared, config: QuantConfig, samples: Tensor, device: torch.device
+) -> tuple[str, ...]:
+    """The blocks that distillation computes twice: none where memory suffices, which changes time and nothing else."""
+    needed = needed_bytes(prepared.model, prepared.layout.quantized_weights, samples.shape[1], config)
+    available = free_memory_bytes(device)
+    if available is None or needed <= available:
+        return ()
+    return tuple(f"{prepared.model.prefix}.{index}" for index in range(len(prepared.model.blocks)))

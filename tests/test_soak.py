@@ -1,0 +1,114 @@
+"""Runs that are killed, or that find the disk full or read-only: nothing is lost, the same command continues."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from soak import SETTINGS, contents, make_model, soak
+
+import ptq161
+from ptq161 import pipeline
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_moments_continue_to_the_same_bytes(tmp_path):
+    rows = soak(tmp_path, kills=5, seed=1)
+    assert len(rows) == 5
+    assert any(row["work"] for row in rows), "no kill came while there was work in progress"
+
+
+@pytest.fixture
+def model(tmp_path):
+    make_model(tmp_path)
+    return tmp_path
+
+
+def run_in_process(folder, out, preamble=""):
+    """The command in a process of its own; `preamble` runs first."""
+    arguments = ["quantize", str(folder / "model"), str(out), *ARGUMENTS, str(folder / "text.txt")]
+    imports = "import sys, torch\ntorch.set_num_threads(1)\nfrom ptq161.cli import main"
+    script = f"{preamble}\n{imports}\nsys.exit(main({arguments!r}))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(ptq161.__file__).parents[1])}
+    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+
+
+ARGUMENTS = ["--quiet", "--preset", "best", "--samples", "3", "--seqlen", "16", "--bits", "3.0", "--epochs", "1"]
+for key in ("distill_tokens", "distill_lr_latent", "distill_lr_scale"):
+    ARGUMENTS += ["--set", f"{key}={SETTINGS[key]}"]
+ARGUMENTS.append("--calib")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [4_000, 30_000, 60_000])
+def test_files_that_cannot_grow_are_a_clear_line_and_the_run_continues(limit, model, tmp_path):
+    """RLIMIT_FSIZE stands for a full disk: writing beyond it fails with an error from the system."""
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
+    done = run_in_process(model, tmp_path / "out", limited)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "ptq161: error: cannot write below" in done.stderr.splitlines()[-1]
+    assert "the same command continues" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+    done = run_in_process(model, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert run_in_process(model, tmp_path / "whole").returncode == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Options -> a small disk in memory mounted with them; skips where mounting is not allowed."""
+    mounts = []
+
+    def mount(options):
+        place = tmp_path / f"disk-{len(mounts)}"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("mounting is not allowed here")
+        mounts.append(place)
+        return place
+
+    yield mount
+    for place in mounts:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.slow
+def test_read_only_disk_is_refused_at_once(model, mounted):
+    done = run_in_process(model, mounted("ro") / "out")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("ptq161: error: cannot write to")
+
+
+@pytest.mark.slow
+def test_full_disk_keeps_the_finished_blocks(model, mounted, monkeypatch):
+    disk = mounted("size=400k")
+    filler = disk / "filler"
+    settings = SETTINGS | {"calib": str(model / "text.txt")}
+    monkeypatch.setattr(pipeline, "check_disk", lambda out, needed: None)  # which would see it coming
+
+    def fill(progress):
+        if (progress.block, progress.phase) == (2, "learn") and not filler.exists():
+            with filler.open("wb") as file:
+                while True:
+                    try:
+                        file.write(bytes(4096))
+                        file.flush()
+                    except OSError:
+                        return
+
+    with pytest.raises(ptq161.Ptq161Error, match=r"No space left on device.*the same command continues"):
+        pipeline.quantize(model / "model", disk / "out", on_progress=fill, **settings)
+    kept = {path.name for path in (disk / "out.partial").glob("block-*.json")}
+    assert {"block-00000.json", "block-00001.json"} <= kept
+    filler.unlink()
+    subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+    seen = []
+    pipeline.quantize(model / "model", disk / "out", on_progress=seen.append, **settings)
+    assert min(progress.block for progress in seen) >= 2
+    pipeline.quantize(model / "model", model / "whole", **settings)
+    assert contents(disk / "out") == contents(model / "whole")
