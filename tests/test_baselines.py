@@ -10,6 +10,7 @@ from torch import nn
 
 from ptq161.baselines import apply_baseline
 from ptq161.blocks import BlockCall
+from ptq161.compensation import inverse_factor
 from ptq161.errors import InputError, NonFiniteError
 from ptq161.methods import BASELINES, METHODS
 from ptq161.methods.awq import Awq, clipped_rounding, module_around
@@ -17,7 +18,7 @@ from ptq161.methods.awq import channel_scale as awq_scale
 from ptq161.methods.baseline import Baseline, BaselineTask
 from ptq161.methods.billm import BiLlm, billm_bits, binarize_groups, binarized, quantiles, search_groups
 from ptq161.methods.gptq import Gptq
-from ptq161.methods.hessian import BLOCK, compensate, damped_factor, input_moments, inverse_factor
+from ptq161.methods.hessian import BLOCK, compensate, damped_factor, input_moments
 from ptq161.methods.omniquant import OmniQuant, straight_through
 from ptq161.methods.owq import Owq, search_grid, weak_counts
 from ptq161.methods.pb_llm import PbLlm, binary_row, least_salient

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ptq161.compensation import inverse_factor
 from ptq161.errors import NonFiniteError
 from ptq161.methods.baseline import BaselineTask, DenseWeight
 
@@ -79,14 +80,6 @@ def damped_factor(
     diagonal[dead] = 1.0
     diagonal += damping * diagonal.mean()
     return inverse_factor(raised), dead
-
-
-def inverse_factor(moments: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:
-    """The upper triangular U with U^T U = H^-1: the inverse of H's Cholesky factor taken from the last channel on."""
-    factor = torch.linalg.cholesky(moments.flip(0, 1)).flip(0, 1)
-    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=True)
-    return inverse
 
 
 def compensate(

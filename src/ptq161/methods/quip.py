@@ -19,8 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ptq161.binarize import stored
+from ptq161.compensation import inverse_factor
 from ptq161.methods.baseline import Baseline, BaselineTask, DenseWeight
-from ptq161.methods.hessian import compensate, each_linear, inverse_factor
+from ptq161.methods.hessian import compensate, each_linear
 from ptq161.methods.uniform import SCALE_BITS
 
 SEED_BITS = 64  # the rotations are made again from a seed
