@@ -50,7 +50,8 @@ def inspect(
     if method not in LAYOUTS:
         raise InputError(unknown("method", method, LAYOUTS))
     settings, config = QuantConfig(bits=bits, salient_ratio=salient_ratio), open_config(path)
-    shapes = config_shapes(config)
+    with complaints(f"transformers cannot build the {config.model_type} model of {path}"):
+        shapes = config_shapes(config)
     return predict(_empty_model(config), LAYOUTS[method](shapes, settings, None), torch.bfloat16)
 
 

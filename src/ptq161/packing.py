@@ -204,7 +204,8 @@ def problems(layout: LinearLayout, tensors: Mapping[str, Tensor]) -> Iterator[tu
     """Yield (tensor name, what is wrong) for tensors that do not form a valid packed linear of this layout.
 
     Checks names, shapes, dtypes, that every vector is finite, that column types agree with the group sizes, that no
-    byte of codes is impossible, and that their padding is zero. Values that are possible but changed are what checksums are for.
+    byte of codes is impossible, and that their padding is zero. Values that are
+    possible but changed are what checksums are for.
     """
     specs = layout.specs()
     for name in sorted(set(specs) ^ set(tensors)):
@@ -236,7 +237,7 @@ def problems(layout: LinearLayout, tensors: Mapping[str, Tensor]) -> Iterator[tu
 def _has_padding(packed: Tensor, codes: int, count: int) -> bool:
     """Whether the last byte of any row has other digits than zero after its last code."""
     last = codes - (packed.shape[-1] - 1) * codes_per_byte(count)
-    return int(packed[..., -1].max()) >= count**last
+    return bool(packed[..., -1].max() >= count**last)
 
 
 def checked(layout: LinearLayout, tensors: Mapping[str, Tensor], where: str) -> PackedWeight:
