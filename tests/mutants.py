@@ -43,7 +43,8 @@ CODE_FIELDS: list[dict[str, Any]] = [
     {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": "x", "factor": -1}},
     {"rope_scaling": {"type": "linear", "factor": float("nan")}}, {"use_cache": "x"}, {"return_dict": False},
     {"num_hidden_layers": 10**9}, {"num_hidden_layers": 10**6}, {"hidden_size": 2**40}, {"vocab_size": 2**50},
-    {"head_dim": 2**40}, {"intermediate_size": 2**62}, {"max_position_embeddings": 2**60}, {"layer_types": ["x"] * 10**5},
+    {"head_dim": 2**40}, {"intermediate_size": 2**62}, {"max_position_embeddings": 2**60},
+    {"layer_types": ["x"] * 10**5},
     {"tie_word_embeddings": "no"}, {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
 ]  # fmt: skip
 EVIL_CODE = f"open(__file__.rpartition('/')[0] + '/{MARKER}', 'w').close()\nclass Evil: pass\n"
@@ -155,7 +156,8 @@ def cut(rng: Random, file: Path) -> str:
     place, count = rng.randrange(len(content)), rng.choice([1, 2, 8, 100])
     kind = rng.randrange(5)
     changed = [
-        content[:place], content[:place] + rng.randbytes(count) + content[place:], content[:place] + content[place + count :],
+        content[:place], content[:place] + rng.randbytes(count) + content[place:],
+        content[:place] + content[place + count :],
         content[:place] + rng.randbytes(count) + content[place + count :], content + rng.randbytes(count),
     ][kind]  # fmt: skip
     file.write_bytes(changed)
@@ -193,14 +195,16 @@ def add_file(rng: Random, folder: Path) -> str:
     """A file that does not belong there: adapters, pickles, code."""
     sound = folder / CHECKSUMS if (folder / CHECKSUMS).exists() else folder / CONFIG
     name = rng.choice([
-        "adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "model.safetensors", "extra.safetensors",
+        "adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "model.safetensors",
+        "extra.safetensors",
         "training_args.bin", "modeling_evil.py", "custom_generate/generate.py", "chat_template.jinja", "a\nb.json",
         "model.safetensors.index.json", "added_tokens.json", "special_tokens_map.json", "generation_config.json",
         "vocab.json", "merges.txt", "tokenizer.model", "chat_template.json", "processor_config.json",
     ])  # fmt: skip
     content = rng.choice([
         b"", b"{}", b"[]", pickle.dumps(_Evil()), EVIL_CODE.encode(), sound.read_bytes(), rng.randbytes(50),
-        b'{"base_model_name_or_path": "stranger/model", "peft_type": "LORA"}', b"{% for i in range(10**9) %}{% endfor %}",
+        b'{"base_model_name_or_path": "stranger/model", "peft_type": "LORA"}',
+        b"{% for i in range(10**9) %}{% endfor %}",
         b'{"weight_map": {"a": "../x.safetensors"}}',
     ])  # fmt: skip
     (folder / name).parent.mkdir(exist_ok=True)
@@ -244,7 +248,8 @@ def edit_header(rng: Random, file: Path) -> str:
             ])  # fmt: skip
         case 2:
             entry["data_offsets"] = rng.choice([
-                [0, end], [begin, end + 1], [begin - 1, end], [end, begin], [0, 2**62], [-1, end - begin - 1], [2**63, 2**64],
+                [0, end], [begin, end + 1], [begin - 1, end], [end, begin], [0, 2**62], [-1, end - begin - 1],
+                [2**63, 2**64],
                 [begin + 8, end + 8], [begin], [begin, end, end], ["0", "1"], None, [float(begin), float(end)],
             ])  # fmt: skip
         case 3:
@@ -252,8 +257,10 @@ def edit_header(rng: Random, file: Path) -> str:
         case 4:
             header[name], header[other] = header[other], entry
         case 5:
-            renamed = [f"{name}x", f"x.{name}", name.upper(), "", "a\nb", f"{name}\0", "lm_head.weight", name.replace("weight", "gamma"),
-                       name.replace("0", "1"), name.replace("model.", ""), "__metadata__", f"_orig_mod.{name}"]  # fmt: skip
+            renamed = [f"{name}x", f"x.{name}", name.upper(), "", "a\nb", f"{name}\0", "lm_head.weight",
+            name.replace("weight", "gamma"),
+                       name.replace("0", "1"), name.replace("model.", ""), "__metadata__",
+                       f"_orig_mod.{name}"]  # fmt: skip
             header[rng.choice(renamed)] = header.pop(name)
         case 6:
             del header[name]

@@ -185,3 +185,27 @@ def test_bad_toml_is_named(tmp_path, content, message):
 def test_missing_toml_is_named(tmp_path):
     with pytest.raises(InputError, match=r"cannot read settings file .*absent\.toml: No such file"):
         read_toml(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("epochs = " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("epochs = " + "9" * 5000, "not valid TOML"),
+        ("lr_scale = 0x" + "f" * 5000, "more than 64 bits"),
+        ("lr_scale = " + "9" * 400, "more than 64 bits"),
+        ("method = [1]", "expected str"),
+        ("seed = -1", "out of range"),
+    ],
+)
+def test_hostile_settings_are_refused_in_one_line(tmp_path, content, said):
+    (tmp_path / "settings.toml").write_text(content)
+    with pytest.raises(InputError, match=said) as error:
+        QuantConfig().replaced(read_toml(tmp_path / "settings.toml"))
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("sources", [5, [5], [["a"]]])
+def test_sources_must_be_text(sources):
+    with pytest.raises(InputError, match="expected text, or a list of it"):
+        CalibrationConfig().replaced({"sources": sources})

@@ -60,7 +60,8 @@ ALLOWED = {
     "chat": "generation",
     "handlers": "chat generation data",
     "serve": "handlers",
-    "inspection": "sources hf vocabulary saving contents foreign folder discovery blocks allocation layout packing config",
+    "inspection": "sources hf vocabulary saving contents foreign folder discovery blocks allocation layout packing "
+    "config",
     "tuning": "distill student walk dense discovery blocks checkpoint machine config",
     "preflight": "methods tuning walk config",
     "records": "walk folder config",

@@ -238,6 +238,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def _convert(key: str, value: Any, wanted: Any) -> Any:
     """Convert text or a TOML scalar to a field's type."""
+    if isinstance(value, int):
+        _check(abs(value) < 2**63, f"setting {key} is a number of more than 64 bits: expected a smaller one")
     if isinstance(wanted, types.UnionType):
         if value is None or (isinstance(value, str) and value.lower() == "none"):
             return None

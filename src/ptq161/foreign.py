@@ -13,8 +13,10 @@ from typing import Any
 from ptq161.errors import InputError, Ptq161Error, one_line
 
 MAX_COUNT = 1024  # layers, heads, experts, labels: each costs time and memory before any weight is read
+MAX_WIDTH = 2**20  # channels, vocabulary
 MAX_NUMBER = 2**31
 _COUNT = re.compile(r"num_.*|.*layers?")
+_WIDTH = re.compile(r".*_(size|dim|embd|inner)")
 _KERNEL = re.compile(r"_*(attn|experts)_implementation(_internal)?")
 
 
@@ -24,7 +26,7 @@ def config_problem(config: Mapping[Any, Any]) -> str | None:
     while parts:
         for name, value in parts.pop().items():
             key = str(name)  # once transformers has read it, id2label has numbers
-            limit = MAX_COUNT if _COUNT.fullmatch(key) else MAX_NUMBER
+            limit = MAX_COUNT if _COUNT.fullmatch(key) else MAX_WIDTH if _WIDTH.fullmatch(key) else MAX_NUMBER
             if isinstance(value, int) and abs(value) > limit:
                 return f"has {key}={one_line(str(value))}, expected at most {limit}"
             if _KERNEL.fullmatch(key) and "/" in str(value):

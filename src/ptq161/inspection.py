@@ -58,8 +58,9 @@ def inspect(
     if method not in LAYOUTS:
         raise InputError(unknown("method", method, LAYOUTS))
     settings, config = QuantConfig(bits=bits, salient_ratio=salient_ratio).replaced({"head": head}), open_config(path)
-    shapes, model = config_shapes(config), _empty_model(config)
-    layout = LAYOUTS[method](shapes, settings, None)
+    with complaints(f"transformers cannot build the {config.model_type} model of {path}"):
+        shapes = config_shapes(config)
+    model, layout = _empty_model(config), LAYOUTS[method](shapes, settings, None)
     if settings.head is Head.INT8:
         layout = replace(layout, vocabulary=vocabulary_specs(model))
     return predict(model, layout, torch.bfloat16)

@@ -237,7 +237,8 @@ def problems(layout: LinearLayout, tensors: Mapping[str, Tensor]) -> Iterator[tu
 def _has_padding(packed: Tensor, codes: int, count: int) -> bool:
     """Whether the last byte of any row has other digits than zero after its last code."""
     last = codes - (packed.shape[-1] - 1) * codes_per_byte(count)
-    return int(packed[..., -1].max()) >= int(count**last)
+    highest: int = count**last - 1  # an int: as a uint8, 256 would be 0
+    return int(packed[..., -1].max()) > highest
 
 
 def checked(layout: LinearLayout, tensors: Mapping[str, Tensor], where: str) -> PackedWeight:
