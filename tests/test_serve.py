@@ -332,17 +332,19 @@ def test_the_command(chat_folder):
 
 @pytest.mark.model
 def test_a_real_model_answers_two_clients(smollm2_gguf):
-    model, tokenizer = open_model(smollm2_gguf)
-    questions = {"What is the capital of France?": "Paris", "What is the capital of Italy?": "Rome"}
-    with serving(model, tokenizer) as (client, _):
-        got = {}
+    opened = open_model(smollm2_gguf)
+    questions = ["What is the capital of France?", "What is the capital of Italy?"]
+    messages = {question: [{"role": "user", "content": question}] for question in questions}
+    got = {}
+    with serving(*opened) as (client, _):
 
         def ask(question):
-            got[question] = streamed(client, [{"role": "user", "content": question}], max_tokens=16)[0]
+            got[question] = streamed(client, messages[question], max_tokens=12)[0]
 
         threads = [threading.Thread(target=ask, args=[question]) for question in questions]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(timeout=300)
-    assert all(city in got[question] for question, city in questions.items()), got
+    assert "Paris" in got[questions[0]]
+    assert got == {q: expected(opened, messages[q], max_new_tokens=12)["text"] for q in questions}
