@@ -290,7 +290,9 @@ def _generate(model: Any) -> Any:
 
     from ptq161 import generation
 
-    return generation.stream(model, make_tokenizer(), "The river", max_new_tokens=2)
+    tokenizer = make_tokenizer()
+    prompt = tokenizer("The river")["input_ids"]
+    return generation.stream(model, tokenizer, prompt, generation.Sampling(max_new_tokens=2))
 
 
 def _exact(model: Any) -> Any:

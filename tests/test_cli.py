@@ -256,7 +256,7 @@ def test_quantize_for_people_with_distillation(ptq161, tmp_path, llama_folder, c
     status, out, _ = ptq161(*words)
     assert status == 0
     assert "distillation: 4 steps, 128 tokens, " in out and "divergence on held-out samples " in out
-    monkeypatch.setattr("ptq161.pipeline.free_memory_bytes", lambda device: 1000)
+    monkeypatch.setattr("ptq161.tuning.free_memory_bytes", lambda device: 1000)
     status, out, _ = ptq161(*words, "--overwrite")
     assert status == 0
     assert "warning: no distillation, the blocks stay as they are: it needs about " in out

@@ -136,7 +136,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
     with pytest.raises(InputError, match=r"missing\.txt: No such file"):
         text_of(tmp_path / "missing.txt")
     (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(InputError, match=r"folder\.txt: Is a directory"):
+    with pytest.raises(InputError, match=r"folder\.txt: it is not a regular file"):
         text_of(tmp_path / "folder.txt")
 
 

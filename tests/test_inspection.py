@@ -297,7 +297,9 @@ def test_no_decoder(tmp_path):
 def test_truncated_file(writable):
     folder, file = writable
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: is not a readable safetensors file: .*run `ptq161 verify`"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: is not a readable safetensors file: .*run `ptq161 verify`"
+    ):
         inspect(folder)
 
 

@@ -174,7 +174,7 @@ COMPILE = Path(__file__).with_name("compile_triton.py")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dtype", "tokens", "rows", "spills"), [("bf16", 1, 32, 0), ("fp16", 8, 16, 64), ("fp32", 2, 32, 64)]
+    ("dtype", "tokens", "rows", "spills"), [("bf16", 1, 32, 0), ("fp16", 8, 16, 160), ("fp32", 2, 32, 64)]
 )
 def test_programs_compile_for_hopper_without_a_gpu(dtype, tokens, rows, spills, tmp_path):
     """In a process without the interpreter. `spills` is the bytes of stack that a thread may use."""

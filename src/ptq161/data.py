@@ -220,9 +220,9 @@ def _position(bound: str, count: int) -> int:
 
 
 def _file_bytes(path: Path) -> bytes:
-    if path.exists() and not path.is_file():
-        raise InputError(f"cannot read text from {path}: it is not a regular file")
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"cannot read text from {path}: it is not a regular file")
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read text from {path}: {error.strerror}; expected a file") from error

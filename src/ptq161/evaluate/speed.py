@@ -123,9 +123,14 @@ def random_packed(layout: LinearLayout, generator: torch.Generator) -> PackedWei
             types = torch.arange(len(sizes)).repeat_interleave(sizes)[torch.randperm(layout.cols, generator=generator)]
             tensors[name] = pack_codes(types, type_width(len(sizes)))
         elif spec.dtype == torch.uint8:
-            count = CODE_WIDTHS[layout.groups[int(name.rpartition("_")[2]) if "_" in name else 0].width].count
-            highest = count ** codes_per_byte(count)
-            tensors[name] = torch.randint(highest, spec.shape, generator=generator, dtype=torch.uint8)
+            group = layout.groups[int(name.rpartition("_")[2]) if "_" in name else 0]
+            count, codes = CODE_WIDTHS[group.width].count, layout.rows if name.startswith("zero_") else group.cols
+            per_byte = codes_per_byte(count)
+            packed_codes = torch.randint(count**per_byte, spec.shape, generator=generator, dtype=torch.uint8)
+            packed_codes[..., -1] = packed_codes[..., -1].int() % count ** (
+                codes - (spec.shape[-1] - 1) * per_byte
+            )  # no padding
+            tensors[name] = packed_codes
         else:
             tensors[name] = (0.02 * torch.rand(spec.shape, generator=generator) / layout.cols**0.5).half()
     return PackedWeight(layout, tensors)
