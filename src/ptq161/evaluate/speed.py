@@ -127,9 +127,8 @@ def random_packed(layout: LinearLayout, generator: torch.Generator) -> PackedWei
             count, codes = CODE_WIDTHS[group.width].count, layout.rows if name.startswith("zero_") else group.cols
             per_byte = codes_per_byte(count)
             packed_codes = torch.randint(count**per_byte, spec.shape, generator=generator, dtype=torch.uint8)
-            packed_codes[..., -1] = packed_codes[..., -1].int() % count ** (
-                codes - (spec.shape[-1] - 1) * per_byte
-            )  # no padding
+            last = codes - (spec.shape[-1] - 1) * per_byte  # codes in a row's last byte; the rest of it is padding
+            packed_codes[..., -1] = packed_codes[..., -1].int() % count**last
             tensors[name] = packed_codes
         else:
             tensors[name] = (0.02 * torch.rand(spec.shape, generator=generator) / layout.cols**0.5).half()
