@@ -87,6 +87,8 @@ def mutate(rng: Random, folder: Path) -> tuple[str, str]:
             case _:
                 name, mutator = "", mutants.add_file
         try:
+            if not (folder / name).is_file() and name:
+                raise OSError("an earlier change left a pipe, a folder or a broken link there")
             did.append(f"{mutator.__name__}: {mutator(rng, folder / name)}")
         except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             if not did:
