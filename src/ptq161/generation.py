@@ -113,15 +113,23 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     defaults = model.generation_config
     named = None if defaults is None else defaults.eos_token_id
     ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
-    _check(
-        all(type(index) is int and 0 <= index < 2**31 for index in ends),
-        f"eos_token_id={named!r} of the model's generation_config.json: expected a token id or a list of them",
-    )
     return sorted(ends) or None
 
 
+def _check_token_ids(model: PreTrainedModel) -> None:
+    """Of the model's generation_config.json, what transformers makes tensors of without a look."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+        named = getattr(model.generation_config, name, None)
+        ids = named if isinstance(named, list) else [named]
+        _check(
+            all(index is None or (type(index) is int and 0 <= index < 2**31) for index in ids),
+            f"{name}={named!r} of the model's generation_config.json: expected a token id or a list of them",
+        )
+
+
 def settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> GenerationConfig:
-    """What transformers needs to know to write as `sampling` says."""
+    """What transformers needs to know to write as `sampling` says. Raises InputError for token ids that are none."""
+    _check_token_ids(model)
     chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
