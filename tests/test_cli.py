@@ -264,10 +264,10 @@ def test_quantize_for_people_with_distillation(ptq161, tmp_path, llama_folder, c
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_distillation_that_did_not_help_is_said(capsys, kept):
-    from ptq161 import terminal
+    from ptq161 import tables, terminal
 
     record = {"steps": 3, "tokens": 96, "held_out_first": 0.5, "held_out_last": 0.25, "kept": kept, "seconds": 1.0}
-    terminal._show_distillation(terminal.console(), record)
+    tables._show_distillation(terminal.console(), record)
     out = capsys.readouterr().out
     assert "distillation: 3 steps, 96 tokens, 1.0 s; divergence on held-out samples 0.5000 -> 0.2500\n" in out
     assert ("warning: distillation ended no better than it began" in out) is not kept
@@ -289,7 +289,7 @@ def test_quantize_for_people(ptq161, tmp_path, llama_folder, calibration_file):
 
 
 def test_warning_names_every_block_that_got_no_better(capsys):
-    from ptq161 import terminal
+    from ptq161 import tables, terminal
 
     blocks = [
         {"index": index, "loss_first": 2.0, "loss_last": last, "seconds": 1.0}
@@ -301,7 +301,7 @@ def test_warning_names_every_block_that_got_no_better(capsys):
         **{"vocabulary_bits": None, "embedding_bytes": 2, "head_bytes": 0},
         "distillation": None,
     }
-    terminal.show_quantized(terminal.console(), result, None, [])
+    tables.show_quantized(terminal.console(), result, None, [])
     assert "warning: the stored loss is not below its start in block 1, 2\n" in capsys.readouterr().out
 
 
@@ -581,7 +581,7 @@ def test_progress_on_a_terminal(monkeypatch):
     """Neither lines nor a crash: the bar is drawn by rich."""
     import io
 
-    from ptq161 import terminal
+    from ptq161 import meters
     from ptq161.walk import Progress
 
     class Screen(io.StringIO):
@@ -591,7 +591,7 @@ def test_progress_on_a_terminal(monkeypatch):
     screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
-    meter = terminal.QuantizeMeter(quiet=False)
+    meter = meters.QuantizeMeter(quiet=False)
     with meter:
         meter(Progress(2, 0, 4, "targets", 0, 1, None, 5.0))
         meter(Progress(2, 0, 4, "learn", 1, 2, 0.125, 10.0))

@@ -32,6 +32,7 @@ from ptq161.kernels import (
     tiles,
     untile,
 )
+from ptq161.kernels.tiled import as_integers
 from ptq161.layout import PackedLinearSpec
 from ptq161.linear import PackedLinear
 from ptq161.packing import pack, unpack
@@ -81,7 +82,7 @@ def test_tiles_hold_exactly_the_stored_tensors(shape):
         name: tensor.tolist() for name, tensor in packed.tensors.items()
     }
     torch.testing.assert_close(
-        torch.ops.ptq161.tiled_dequantize(tiled.tiles, tiled.order, tiled.col, cpu.as_integers(packed.layout)),
+        torch.ops.ptq161.tiled_dequantize(tiled.tiles, tiled.order, tiled.col, as_integers(packed.layout)),
         reconstruct(unpack(packed)),
         rtol=0,
         atol=0,
@@ -258,7 +259,7 @@ def test_tiny_and_huge_activations(kernel):
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4], SHAPES[7], EIGHT_BIT], ids=str)
 def test_opcheck(shape, dtype):
     tiled = tile(weight_of(shape))
-    layout = cpu.as_integers(tiled.layout)
+    layout = as_integers(tiled.layout)
     x = torch.randn(2, 3, tiled.layout.cols).to(dtype)
     bias = torch.randn(tiled.layout.rows).to(dtype)
     op = torch.ops.ptq161.tiled_linear.default
@@ -488,7 +489,7 @@ def test_wrong_arguments_are_refused_in_one_line(change, match):
         "order": tiled.order,
         "col": tiled.col,
         "bias": None,
-        "layout": cpu.as_integers(tiled.layout),
+        "layout": as_integers(tiled.layout),
     }
     with pytest.raises(InputError, match=match) as raised:
         torch.ops.ptq161.tiled_linear(*(arguments | change(arguments)).values(), False)
@@ -523,7 +524,7 @@ def test_rows_of_tiles_are_the_rows_of_the_weight(shape, batch):
 def test_row_opcheck():
     tiled = tile(weight_of(EIGHT_BIT))
     rows = torch.tensor([[0, 69], [31, 32]])
-    torch.library.opcheck(torch.ops.ptq161.tiled_rows.default, (rows, tiled.tiles, cpu.as_integers(tiled.layout)))
+    torch.library.opcheck(torch.ops.ptq161.tiled_rows.default, (rows, tiled.tiles, as_integers(tiled.layout)))
 
 
 @pytest.mark.parametrize(
@@ -541,7 +542,7 @@ def test_row_opcheck():
 def test_wrong_rows_are_refused(shape, rows, match):
     tiled = tile(weight_of(shape))
     with pytest.raises(InputError, match=match):
-        torch.ops.ptq161.tiled_rows(rows, tiled.tiles, cpu.as_integers(tiled.layout))
+        torch.ops.ptq161.tiled_rows(rows, tiled.tiles, as_integers(tiled.layout))
 
 
 @needs_native

@@ -69,7 +69,10 @@ ALLOWED = {
     "layout config machine",
     "report": "",
     "arguments": "config",
-    "terminal": "walk machine",
+    "terminal": "",
+    "meters": "terminal walk machine",
+    "dialogue": "terminal",
+    "tables": "terminal",
 }
 PEOPLE_FACING = {"__init__", "__main__", "cli"}  # anything, inside the bodies; above them only what is light
 LIGHT = {"config", "arguments", "cli"}

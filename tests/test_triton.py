@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from ptq161.binarize import reconstruct
 from ptq161.errors import InputError
-from ptq161.kernels import cpu, has_tiled_kernel, tile
+from ptq161.kernels import has_tiled_kernel, tile
+from ptq161.kernels.tiled import as_integers
 from ptq161.linear import PackedLinear
 from ptq161.packing import pack, unpack
 
@@ -114,7 +115,7 @@ def test_any_batch_shape_through_the_function_of_the_op(batch):
     packed = weight_of(SHAPES[3])
     tiled = on_device(tile(packed))
     x = torch.randn(*batch, packed.layout.cols, generator=torch.Generator().manual_seed(1))
-    y = gpu.tiled_linear(x.to(DEVICE), tiled.tiles, tiled.order, tiled.col, None, cpu.as_integers(tiled.layout), False)
+    y = gpu.tiled_linear(x.to(DEVICE), tiled.tiles, tiled.order, tiled.col, None, as_integers(tiled.layout), False)
     assert y.shape == (*batch, packed.layout.rows) and y.dtype == x.dtype
     torch.testing.assert_close(y.cpu(), expected_of(x, packed).float(), rtol=1e-5, atol=1e-6)
 
@@ -123,7 +124,7 @@ def test_codes_of_8_bits_are_multiplied_dense():
     packed = weight_of((40, {"8bit": 67}, False))
     tiled = on_device(tile(packed))
     x = torch.randn(2, 67, generator=torch.Generator().manual_seed(1))
-    y = gpu.tiled_linear(x.to(DEVICE), tiled.tiles, tiled.order, tiled.col, None, cpu.as_integers(tiled.layout), False)
+    y = gpu.tiled_linear(x.to(DEVICE), tiled.tiles, tiled.order, tiled.col, None, as_integers(tiled.layout), False)
     torch.testing.assert_close(y.cpu(), expected_of(x, packed).float(), rtol=1e-5, atol=1e-6)
     assert not gpu.fits_mantissa(tiled.layout) and gpu.fits_mantissa(weight_of(SHAPES[5]).layout)
 
@@ -150,7 +151,7 @@ def test_not_a_number_stays_in_its_token():
 def test_what_the_kernels_do_not_take_goes_to_the_reference():
     packed = weight_of(SHAPES[3])
     tiled = on_device(tile(packed))
-    layout = cpu.as_integers(tiled.layout)
+    layout = as_integers(tiled.layout)
     x = torch.randn(2, packed.layout.cols, dtype=torch.float64)
     assert not gpu.runs(tiled, torch.float64) and gpu.runs(tiled, torch.bfloat16)
     y = gpu.tiled_linear(x.to(DEVICE), tiled.tiles, tiled.order, tiled.col, None, layout, False)
@@ -192,7 +193,7 @@ def test_the_op_runs_these_kernels():
     assert has_tiled_kernel(DEVICE)
     for shape in SHAPES[3:6]:
         tiled = on_device(tile(weight_of(shape)))
-        layout = cpu.as_integers(tiled.layout)
+        layout = as_integers(tiled.layout)
         for dtype in LIMIT:
             x = torch.randn(2, 3, tiled.layout.cols, device=DEVICE).to(dtype)
             bias = torch.randn(tiled.layout.rows, device=DEVICE).to(dtype)

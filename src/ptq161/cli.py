@@ -62,13 +62,13 @@ def _debug(arguments: Sequence[str]) -> None:
 def _quantize(args: Namespace) -> int:
     keywords = quantize_settings(args) | {"blocks": args.blocks, "device": args.device, "dtype": args.dtype}
     keywords["offload"] = args.offload
-    from ptq161 import pipeline, terminal
+    from ptq161 import meters, pipeline, tables, terminal
 
     with terminal.quiet_libraries(debug=args.debug):
         if args.dry_run:
             plan = pipeline.plan(args.model, **keywords)
-            return _print(args, plan, lambda out: terminal.show_plan(out, plan))
-        meter = terminal.QuantizeMeter(quiet=args.quiet)
+            return _print(args, plan, lambda out: tables.show_plan(out, plan))
+        meter = meters.QuantizeMeter(quiet=args.quiet)
         with meter:
             meter.line(f"reading {args.model} and the calibration text")
             result = pipeline.quantize(
@@ -77,14 +77,14 @@ def _quantize(args: Namespace) -> int:
     out = shlex.quote(args.out)
     hints = [f"ptq161 eval {out} --ppl FILE", f"ptq161 generate {out} --prompt TEXT"]
     source = _weight_bytes(args.model)
-    return _print(args, result, lambda c: terminal.show_quantized(c, result, source, [] if args.quiet else hints))
+    return _print(args, result, lambda c: tables.show_quantized(c, result, source, [] if args.quiet else hints))
 
 
 def _eval(args: Namespace) -> int:
     if args.out is not None and not args.out.absolute().parent.is_dir():
         raise InputError(f"--out {args.out}: its folder does not exist; make it, or choose another file")
     began = time.monotonic()
-    from ptq161 import data, machine, terminal
+    from ptq161 import data, machine, meters, tables, terminal
     from ptq161.evaluate.perplexity import perplexity
     from ptq161.hf import is_packed
     from ptq161.inspection import inspect
@@ -100,7 +100,7 @@ def _eval(args: Namespace) -> int:
         texts = {source: data.evaluation_tokens(source, tokenizer) for source in args.ppl}
         measured = {}
         for source, tokens in texts.items():
-            meter = terminal.EvaluationMeter(source, quiet=args.quiet)
+            meter = meters.EvaluationMeter(source, quiet=args.quiet)
             with meter:
                 measured[source] = perplexity(
                     model, tokens, args.seqlen, bos=bos, max_windows=args.max_windows, on_window=meter
@@ -116,22 +116,22 @@ def _eval(args: Namespace) -> int:
     }
     if args.out is not None:
         _append_row(args, result, sizes, record)
-    return _print(args, result, lambda out: terminal.show_evaluated(out, result))
+    return _print(args, result, lambda out: tables.show_evaluated(out, result))
 
 
 def _inspect(args: Namespace) -> int:
     budget = {"bits": args.bits, "salient_ratio": args.salient_ratio}
     if budget != dict.fromkeys(budget):
         QuantConfig().replaced(budget)  # refuses what is out of range before anything heavy is loaded
-    from ptq161 import inspection, terminal
+    from ptq161 import inspection, tables, terminal
 
     with terminal.quiet_libraries(debug=args.debug):
         result = inspection.inspect(args.path, **budget, head=args.head or Head.KEEP)
-    return _print(args, result, lambda out: terminal.show_inspected(out, args.path, result))
+    return _print(args, result, lambda out: tables.show_inspected(out, args.path, result))
 
 
 def _verify(args: Namespace) -> int:
-    from ptq161 import terminal
+    from ptq161 import tables, terminal
     from ptq161.verify import verify
 
     result = verify(args.path)
@@ -139,25 +139,25 @@ def _verify(args: Namespace) -> int:
         return _print(args, result, lambda out: out.print(f"{args.path}: every file and tensor is as it was saved"))
     if args.json:  # a list of problems is what was asked for, unlike the outcome of a command that failed
         _print(args, result, lambda out: None)
-    terminal.show_problems(terminal.console(stderr=True), result["problems"])
+    tables.show_problems(terminal.console(stderr=True), result["problems"])
     return _fail(f"{args.path} is not a sound packed checkpoint; problems listed above: {len(result['problems'])}", 2)
 
 
 def _generate(args: Namespace) -> int:
-    from ptq161 import generation, terminal
+    from ptq161 import dialogue, generation, terminal
 
     sampling = _sampling(args)
     with terminal.quiet_libraries(debug=args.debug):
         model, tokenizer = _open(args)
         prompt = tokenizer(args.prompt)["input_ids"]
-        result = generation.stream(model, tokenizer, prompt, sampling, on_text=terminal.writer(silent=args.json))
+        result = generation.stream(model, tokenizer, prompt, sampling, on_text=dialogue.writer(silent=args.json))
     del result["ids"]
-    terminal.show_written(result, text=not args.json, figures=not args.json and not args.quiet)
+    dialogue.show_written(result, text=not args.json, figures=not args.json and not args.quiet)
     return _print(args, {"model": args.path, "prompt": args.prompt, **result}, lambda out: None)
 
 
 def _chat(args: Namespace) -> int:
-    from ptq161 import chat, terminal
+    from ptq161 import chat, dialogue, terminal
 
     sampling = _sampling(args)
     with terminal.quiet_libraries(debug=args.debug):
@@ -165,9 +165,9 @@ def _chat(args: Namespace) -> int:
         conversation = chat.Conversation(model, tokenizer, sampling, args.system)
         answers = chat.converse(
             conversation,
-            read=terminal.reader("> ", hint=None if args.quiet else chat.HINT, silent=args.json),
-            on_text=terminal.writer(silent=args.json),
-            on_answer=lambda answer: terminal.show_written(answer, text=not args.json, figures=not args.quiet),
+            read=dialogue.reader("> ", hint=None if args.quiet else chat.HINT, silent=args.json),
+            on_text=dialogue.writer(silent=args.json),
+            on_answer=lambda answer: dialogue.show_written(answer, text=not args.json, figures=not args.quiet),
             note=lambda text: print(text, file=sys.stderr),
         )
     return _print(args, {"model": args.path, "system": args.system, "answers": answers}, lambda out: None)
@@ -195,7 +195,7 @@ def _bench(args: Namespace) -> int:
         raise InputError(f"--threads {args.threads} is out of range: expected 1 or more")
     import torch
 
-    from ptq161 import terminal
+    from ptq161 import tables, terminal
     from ptq161.evaluate import model_speed, speed
 
     if args.threads is not None:
@@ -204,7 +204,7 @@ def _bench(args: Namespace) -> int:
         if args.shape is not None:
             tokens = args.tokens or [1, 128]
             result = speed.bench_shape(*args.shape, tokens=tokens, rounds=args.rounds or 40, format=args.format)
-            return _print(args, result, lambda out: terminal.show_shape_speed(out, result))
+            return _print(args, result, lambda out: tables.show_shape_speed(out, result))
         dense = {"both": ["float32", "bfloat16"], "none": []}.get(args.dense, [args.dense])
         result = model_speed.bench_model(
             args.path,
@@ -213,7 +213,7 @@ def _bench(args: Namespace) -> int:
             rounds=args.rounds or 3,
             dense=dense,
         )
-    return _print(args, result, lambda out: terminal.show_model_speed(out, result))
+    return _print(args, result, lambda out: tables.show_model_speed(out, result))
 
 
 COMMANDS: dict[str, Callable[[Namespace], int]] = {

@@ -10,7 +10,8 @@ channels in order of rounding:
 Narrow groups come first: the 4-bit channels round finely what the others have left over.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
@@ -21,6 +22,9 @@ from ptq161.latent import SMALLEST_SCALE, LatentWeight
 from ptq161.mixed import Widths, best_scale
 
 SMALLEST_DAMPING = 0.01  # keeps the factor of H exact enough in float32, however many the tokens
+
+# (position among the channels that are rounded, its values (rows, 1)) -> rounded values
+Rounding = Callable[[int, Tensor], Tensor]
 
 _CHANNELS_AT_ONCE = 128  # rounded before their errors go to all later channels in one matrix product
 
@@ -72,8 +76,7 @@ def compensated_weight(
         scale = stored(best_scale(left[first:last].T, width, energy[order[first:last]])).clamp(min=SMALLEST_SCALE)
         for start in range(first, last, _CHANNELS_AT_ONCE):
             stop = min(start + _CHANNELS_AT_ONCE, last)
-            errors = _round_channels(left[start:stop], factor[start:stop, start:stop], scale.T, width)
-            left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+            round_channels(left, factor, start, stop, partial(_to_nearest_level, scale, width))
         scales.append(scale)
         first = last
     grouped = torch.cat(list(columns))
@@ -87,19 +90,29 @@ def compensated_weight(
     )
 
 
-def _round_channels(
-    left: Float[Tensor, "some rows"],
-    factor: Float[Tensor, "some some"],
-    scale: Float[Tensor, "1 rows"],
-    width: CodeWidth,
+def _to_nearest_level(
+    scale: Float[Tensor, "rows 1"], width: CodeWidth, position: int, values: Float[Tensor, "rows 1"]
+) -> Float[Tensor, "rows 1"]:
+    return nearest_level(values / scale, width).mul_(scale)
+
+
+def round_channels(
+    left: Float[Tensor, "cols rows"], factor: Float[Tensor, "cols cols"], first: int, last: int, rounding: Rounding
 ) -> Float[Tensor, "some rows"]:
-    """Round channel after channel, moving those that follow in place; the errors, each over its U_kk."""
-    errors = torch.empty_like(left)
-    for channel, value in enumerate(left.split(1)):
-        rounded = nearest_level(value / scale, width).mul_(scale)
-        torch.sub(value, rounded, out=errors[channel, None]).div_(factor[channel, channel])
-        left[channel + 1 :].addr_(factor[channel, channel + 1 :], errors[channel], alpha=-1)
-    return errors
+    """Round channels first..last-1 one after another; returns what they are rounded to.
+
+    Every later channel of `left` is moved in place to make up for the errors; those that are rounded stay as the errors
+    of earlier ones had moved them. Channels beyond `last` are moved by one matrix product.
+    """
+    part = left[first:last]
+    rounded, errors = torch.empty_like(part), torch.empty_like(part)
+    for position in range(last - first):
+        row = factor[first + position, first + position : last]
+        rounded[position] = rounding(position, part[position, :, None])[:, 0]
+        torch.sub(part[position], rounded[position], out=errors[position]).div_(row[0])
+        part[position + 1 :].addr_(row[1:], errors[position], alpha=-1)
+    left[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
+    return rounded
 
 
 def inverse_factor(moments: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:

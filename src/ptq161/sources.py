@@ -29,14 +29,13 @@ from transformers.modeling_utils import _get_resolved_checkpoint_files
 from transformers.utils import logging
 
 from ptq161.config import unknown
-from ptq161.contents import DTYPE_NAMES
+from ptq161.contents import TORCH_DTYPES
 from ptq161.dense import DenseModel, Place, StoredTensors
 from ptq161.errors import InputError, UnsupportedModel
 from ptq161.foreign import complaints, config_problem
 from ptq161.hf import MODES, is_packed, load
 from ptq161.hub import hub_reachable
 
-_TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -223,7 +222,7 @@ def _headers(files: Sequence[str]) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 header = file.get_slice(name)
-                dtype = _TORCH_DTYPES.get(
+                dtype = TORCH_DTYPES.get(
                     header.get_dtype(), torch.uint8
                 )  # any that is no float's, for one unknown here
                 headers[name] = torch.empty(header.get_shape(), dtype=dtype, device="meta")

@@ -9,11 +9,12 @@ from importlib.util import find_spec
 
 import torch
 
-from ptq161.kernels.cpu import ReadyWeight, tiled_linear, tiled_rows
+from ptq161.kernels.cpu import ReadyWeight
 from ptq161.kernels.memory import TileMemory
 from ptq161.kernels.native import kernels as cpu_kernels
 from ptq161.kernels.native import read_memory, tile, untile
 from ptq161.kernels.ops import has_fast_kernel, has_tiled_kernel, linear
+from ptq161.kernels.tiled import tiled_linear, tiled_rows
 from ptq161.kernels.tiles import TiledWeight, column_types
 
 if torch.version.cuda is not None and find_spec("triton") is not None:

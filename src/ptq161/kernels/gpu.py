@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ptq161.binarize import CODE_WIDTHS
-from ptq161.kernels import cpu
 from ptq161.kernels import triton as programs
 from ptq161.kernels.ops import LIBRARY
+from ptq161.kernels.tiled import check, check_weight, from_integers, reference
 from ptq161.kernels.tiles import TiledWeight, code_bits, group_offsets, tile_count
 from ptq161.packing import GroupLayout, LinearLayout
 
@@ -80,7 +80,7 @@ def multiply(x: Tensor, weight: TiledWeight, bias: Tensor | None = None, launch:
 
     Raises InputError for tensors that do not fit.
     """
-    cpu.check(x, weight, bias)
+    check(x, weight, bias)
     layout = weight.layout
     x = x.contiguous()
     tokens = x.numel() // layout.cols
@@ -118,7 +118,7 @@ def multiply(x: Tensor, weight: TiledWeight, bias: Tensor | None = None, launch:
 
 def dequantize(weight: TiledWeight, dtype: torch.dtype) -> Tensor:
     """W as (rows, cols) in `dtype`, each weight rounded once. Raises InputError for tensors that do not fit."""
-    cpu.check_weight(weight)
+    check_weight(weight)
     layout = weight.layout
     dense = torch.empty((layout.rows, layout.cols), dtype=dtype, device=weight.tiles.device)
     first = 0
@@ -168,19 +168,19 @@ def tiled_linear(
     exact: bool,
 ) -> Tensor:
     """The op on a GPU; `exact` or not is the same here."""
-    weight = TiledWeight(cpu.from_integers(layout), tiles, order, col)
+    weight = TiledWeight(from_integers(layout), tiles, order, col)
     if not runs(weight, x.dtype):
-        return cpu.reference(x, tiles, order, col, bias, layout, exact)
+        return reference(x, tiles, order, col, bias, layout, exact)
     if x.numel() <= TOKENS * weight.layout.cols and fits_mantissa(weight.layout):
         return multiply(x, weight, bias)
-    cpu.check(x, weight, bias)
+    check(x, weight, bias)
     dense = dequantize(weight, x.dtype)
     return functional.linear(x, dense, None if bias is None else bias.to(x.dtype)).to(x.dtype)
 
 
 def tiled_dequantize(tiles: Tensor, order: Tensor | None, col: Tensor | None, layout: Sequence[int]) -> Tensor:
     """The op on a GPU, float32."""
-    return dequantize(TiledWeight(cpu.from_integers(layout), tiles, order, col), torch.float32)
+    return dequantize(TiledWeight(from_integers(layout), tiles, order, col), torch.float32)
 
 
 def register(key: str = "CUDA", library: Any = LIBRARY) -> None:

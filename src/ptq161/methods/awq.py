@@ -131,16 +131,12 @@ def record(task: BaselineTask, around: str, linear: nn.Linear) -> tuple[list[Mod
     def reached(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs.append(args[0].float().flatten(0, -2))
 
-    handles = [
-        task.block.get_submodule(around).register_forward_hook(called, with_kwargs=True),
-        linear.register_forward_pre_hook(reached),
-    ]
-    try:
-        for sample in task.inputs:
-            task.call(task.block, sample[None].to(task.device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    task.run_watched(
+        [
+            task.block.get_submodule(around).register_forward_hook(called, with_kwargs=True),
+            linear.register_forward_pre_hook(reached),
+        ]
+    )
     return calls, torch.cat(inputs)
 
 

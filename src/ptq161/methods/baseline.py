@@ -4,7 +4,7 @@ Baselines are compared with, never saved: they have no packed format, so each sa
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ptq161.blocks import BlockCall
 
@@ -51,6 +52,15 @@ class BaselineTask:
         for name in self.linears:
             shared.setdefault(self.columns_from.get(name, name), []).append(name)
         return shared
+
+    def run_watched(self, hooks: Sequence[RemovableHandle]) -> None:
+        """Run every sample through the original block; the hooks that watch it are removed afterwards."""
+        try:
+            for sample in self.inputs:
+                self.call(self.block, sample[None].to(self.device))
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ptq161.compensation import Rounding
 from ptq161.errors import InputError
 from ptq161.methods.baseline import Baseline, BaselineTask, DenseWeight
-from ptq161.methods.hessian import BLOCK, RoundChannel, compensate, damped_factor, each_linear
+from ptq161.methods.hessian import BLOCK, compensate, damped_factor, each_linear
 from ptq161.methods.uniform import minmax_grid, spans, uniform_bits
 
 
@@ -43,7 +44,7 @@ class Gptq(Baseline):
         weight = weight.masked_fill(dead, 0.0)
         whole = minmax_grid(weight, self.bits)
 
-        def fit(first: int, part: Tensor) -> RoundChannel:
+        def fit(first: int, part: Tensor) -> Rounding:
             if self.group is None:
                 return lambda position, values: whole.rounded(values)
             size = self.group

@@ -14,14 +14,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ptq161.compensation import inverse_factor
+from ptq161.compensation import Rounding, inverse_factor, round_channels
 from ptq161.errors import NonFiniteError
 from ptq161.methods.baseline import BaselineTask, DenseWeight
 
 BLOCK = 128  # channels rounded before their errors go to all later ones in one product; the authors' block size
-
-# (position in the block, values of that channel (rows, 1)) -> rounded values
-RoundChannel = Callable[[int, Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -42,13 +39,7 @@ def input_moments(task: BaselineTask) -> dict[str, Float[Tensor, "cols cols"]]:
 
         return hook
 
-    handles = [linear.register_forward_pre_hook(add(name)) for name, linear in owners.items()]
-    try:
-        for sample in task.inputs:
-            task.call(task.block, sample[None].to(task.device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    task.run_watched([linear.register_forward_pre_hook(add(name)) for name, linear in owners.items()])
     for name, moment in moments.items():
         if not moment.isfinite().all():
             raise NonFiniteError(f"the input of {name} in block {task.index} is not finite on the calibration text")
@@ -85,7 +76,7 @@ def damped_factor(
 def compensate(
     weight: Float[Tensor, "rows cols"],
     factor: Float[Tensor, "cols cols"],
-    fit: Callable[[int, Float[Tensor, "rows some"]], RoundChannel],
+    fit: Callable[[int, Float[Tensor, "rows some"]], Rounding],
     count: int | None = None,
 ) -> Float[Tensor, "rows cols"]:
     """Round channel after channel, each error made up for by the channels that follow.
@@ -97,13 +88,5 @@ def compensate(
     end = len(left) if count is None else count
     for first in range(0, end, BLOCK):
         last = min(first + BLOCK, end)
-        part, errors = left[first:last], torch.empty_like(left[first:last])
-        round_channel = fit(first, part.T)
-        for position in range(last - first):
-            row = factor[first + position, first + position : last]
-            rounded = round_channel(position, part[position, :, None])[:, 0]
-            errors[position] = (part[position] - rounded) / row[0]
-            part[position] = rounded
-            part[position + 1 :].addr_(row[1:], errors[position], alpha=-1)
-        left[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
+        left[first:last] = round_channels(left, factor, first, last, fit(first, left[first:last].T))
     return left.T.contiguous()

@@ -13,8 +13,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ptq161.binarize import stored
+from ptq161.compensation import Rounding
 from ptq161.methods.baseline import Baseline, BaselineTask, DenseWeight
-from ptq161.methods.hessian import RoundChannel, compensate, damped_factor, each_linear
+from ptq161.methods.hessian import compensate, damped_factor, each_linear
 from ptq161.methods.uniform import SCALE_BITS, minmax_grid
 
 
@@ -41,7 +42,7 @@ class PbLlm(Baseline):
         low = least_salient(weight.square() / factor.diagonal().square(), self.low_fraction)
         mean, scale = binary_row(weight, low)
 
-        def fit(first: int, part: Tensor) -> RoundChannel:
+        def fit(first: int, part: Tensor) -> Rounding:
             def round_channel(position: int, values: Tensor) -> Tensor:
                 binary = mean + torch.where(values >= mean, scale, -scale)
                 return torch.where(low[:, first + position, None], binary, high.rounded(values))

@@ -55,8 +55,11 @@ class SmoothQuant(Baseline):
 
 def inspect_inputs(task: BaselineTask) -> tuple[dict[str, Float[Tensor, " cols"]], set[str]]:
     """(largest magnitude of every channel of each linear's input, linears whose input a norm hands them as it is)."""
-    normed: list[Any] = [None]
+    normed: list[Any] = []  # by the norms, for the sample at hand
     from_norm: set[str] = set()
+
+    def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+        normed.clear()
 
     def gave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         normed.append(output)
@@ -66,16 +69,11 @@ def inspect_inputs(task: BaselineTask) -> tuple[dict[str, Float[Tensor, " cols"]
             from_norm.add(name)
 
     norms = [module for module in task.block.modules() if _is_norm(module)]
-    handles = [module.register_forward_hook(gave) for module in norms]
+    handles = [task.block.register_forward_pre_hook(begin)]
+    handles += [module.register_forward_hook(gave) for module in norms]
     handles += [m.register_forward_pre_hook(partial(reached, name)) for name, m in task.linears.items()]
-    try:
-        with watch_inputs(task.linears) as stats:
-            for sample in task.inputs:
-                normed.clear()
-                task.call(task.block, sample[None].to(task.device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watch_inputs(task.linears) as stats:
+        task.run_watched(handles)
     return {name: stat.absmax for name, stat in stats.items()}, from_norm
 
 

@@ -1,0 +1,93 @@
+"""Progress on stderr, while a command runs. Numbers come in ready; nothing is decided here."""
+
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as Bar
+
+from ptq161.machine import peak_rss_bytes
+from ptq161.terminal import console, duration, size
+
+if TYPE_CHECKING:
+    from ptq161.walk import Progress
+
+
+class _Meter:
+    """A bar on stderr where that is a terminal, plain lines where it is not, nothing when quiet."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.console = console(stderr=True)
+        self.lines = not quiet and not self.console.is_terminal
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
+        shown = not quiet and self.console.is_terminal
+        self.bar = Bar(*columns, console=self.console, transient=True, disable=not shown)
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> None:
+        self.bar.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def line(self, text: str) -> None:
+        """Print one line, if lines are wanted."""
+        if self.lines:
+            self.console.print(text)
+
+    def show(self, description: str, share: float, figures: str) -> None:
+        """Move the bar to a share of its length."""
+        if self.task is None:
+            self.task = self.bar.add_task(description, total=1.0, figures=figures)
+        self.bar.update(self.task, description=description, completed=share, figures=figures)
+
+
+class QuantizeMeter(_Meter):
+    """Takes the pipeline's progress reports: block, phase, loss, time left, memory."""
+
+    began_at: int | None = None
+    tenths = 0
+
+    def __call__(self, progress: "Progress") -> None:
+        """Show one report; without a terminal, a line for each finished block and each tenth of the distillation."""
+        if progress.phase == "distill":
+            return self._distill(progress)
+        if progress.phase == "measure":
+            text = f"measuring what widths are worth {progress.step}/{progress.steps}"
+            return self.show(text, progress.step / progress.steps, duration(progress.seconds))
+        if self.began_at is None:
+            self.began_at = progress.block  # not `first` when an interrupted run is continued
+        finished = progress.phase == "save"
+        share = 1.0 if finished else progress.step / progress.steps if progress.phase == "learn" else 0.0
+        done, total = progress.block - self.began_at + share, progress.last - self.began_at
+        block = f"block {progress.block - progress.first + 1}/{progress.last - progress.first}"
+        loss = "" if progress.loss is None else f"loss {progress.loss:.4g}  "
+        left = f"{duration(progress.seconds / done * (total - done))} left  " if done else ""
+        figures = f"{loss}{left}memory {size(peak_rss_bytes())}"
+        self.show(f"{block} {progress.phase}", done / total, figures)
+        if finished:
+            self.line(f"{block}  {duration(progress.seconds)}  {figures}")
+
+    def _distill(self, progress: "Progress") -> None:
+        done, total = progress.step, progress.steps
+        left = duration(progress.seconds / done * (total - done))
+        figures = f"divergence {progress.loss:.4g}  {left} left  memory {size(peak_rss_bytes())}"
+        self.show(f"distill {done}/{total}", done / total, figures)
+        if done * 10 // total > self.tenths:
+            self.tenths = done * 10 // total
+            self.line(f"distill {done}/{total}  {duration(progress.seconds)}  {figures}")
+
+
+class EvaluationMeter(_Meter):
+    """Takes windows done of one evaluation text; without a terminal, a line for about every tenth."""
+
+    def __init__(self, name: str, *, quiet: bool) -> None:
+        super().__init__(quiet=quiet)
+        self.name = name
+        self.tenths = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` windows are evaluated."""
+        self.show(self.name, done / total, f"window {done}/{total}")
+        if done * 10 // total > self.tenths:
+            self.tenths = done * 10 // total
+            self.line(f"{self.name}: window {done}/{total}")
