@@ -40,14 +40,16 @@ ALLOWED = {
     "kernels": "packing binarize",
     "linear": "kernels layout packing binarize",
     "embedding": "linear kernels layout packing binarize",
-    "vocabulary": "embedding linear layout packing binarize",
+    "attention": "",
+    "head": "kernels packing binarize",
+    "vocabulary": "embedding head linear layout packing binarize",
     # files
     "folder": "",
     "foreign": "",
     "contents": "folder layout packing",
     "verify": "foreign folder layout packing",
     "saving": "contents folder layout packing",
-    "hf": "saving verify vocabulary contents foreign folder linear kernels layout packing machine config",
+    "hf": "attention saving verify vocabulary contents foreign folder linear kernels layout packing machine config",
     "checkpoint": "dense blocks space latent layout binarize",
     # text and models from outside
     "hub": "",

@@ -162,6 +162,7 @@ def _bench_arguments(parser: _Parser) -> None:
         default="mixed",
         help="with --shape: column groups; int8: a head",
     )
+    add("--hot", action="store_true", help="with --shape: one copy of each weight, which caches may hold")
     add("--rounds", type=int, metavar="N", help="turns of every contender (default 40 for a shape, 3 for a model)")
     add("--prompt-tokens", type=int, action="append", metavar="T", help="with PATH: tokens to read first (default 128)")
     add("--new-tokens", type=int, default=32, metavar="T", help="with PATH: tokens to write")

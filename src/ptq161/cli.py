@@ -203,7 +203,8 @@ def _bench(args: Namespace) -> int:
     with terminal.quiet_libraries(debug=args.debug):
         if args.shape is not None:
             tokens = args.tokens or [1, 128]
-            result = speed.bench_shape(*args.shape, tokens=tokens, rounds=args.rounds or 40, format=args.format)
+            rounds = args.rounds or 40
+            result = speed.bench_shape(*args.shape, tokens=tokens, rounds=rounds, format=args.format, hot=args.hot)
             return _print(args, result, lambda out: tables.show_shape_speed(out, result))
         dense = {"both": ["float32", "bfloat16"], "none": []}.get(args.dense, [args.dense])
         result = model_speed.bench_model(

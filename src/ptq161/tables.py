@@ -166,7 +166,8 @@ def show_shape_speed(out: Console, result: Mapping[str, Any]) -> None:
             optional(row["gflop_s"], ".0f"),
         )
         table.add_row(row["weights"], str(row["tokens"]), *times, *rates)
-    out.print(f"{rows} x {cols}, {result['format']} format, {_where(result)}, weights cold")
+    weights = "cold" if result["cold_bytes"] else "hot"
+    out.print(f"{rows} x {cols}, {result['format']} format, {_where(result)}, weights {weights}")
     out.print(table)
     _show_speedup(out, result)
 
