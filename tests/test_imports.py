@@ -55,7 +55,7 @@ ALLOWED = {
     "data": "hub selftext config",
     "sources": "dense contents hf foreign hub config",
     # commands
-    "evaluate": "data hf linear kernels packing binarize machine",
+    "evaluate": "data hf linear kernels packing binarize machine baselines discovery",
     "generation": "data",
     "chat": "generation",
     "handlers": "chat generation data",
@@ -67,6 +67,8 @@ ALLOWED = {
     "records": "walk folder config",
     "pipeline": "walk tuning preflight records methods dense space checkpoint hf vocabulary inspection sources data "
     "layout config machine",
+    "contenders": "pipeline baselines methods inspection hf dense folder config",
+    "compare": "contenders evaluate records checkpoint sources data config machine",
     "report": "",
     "arguments": "config",
     "terminal": "",

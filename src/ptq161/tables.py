@@ -106,6 +106,25 @@ def show_evaluated(out: Console, result: Mapping[str, Any]) -> None:
     out.print(f"{result['model']}: {bits}, {duration(result['seconds'])}, {size(result['peak_rss_bytes'])} of memory")
 
 
+def show_compared(out: Console, result: Mapping[str, Any]) -> None:
+    """One line per row of a comparison, and why some have no figures."""
+    rows = result["rows"]
+    texts = list(rows[0]["perplexity"])
+    table = numbers_table("method", "claimed bits", "honest bits", *(f"perplexity, {text}" for text in texts), "time")
+    for row in rows:
+        measured = row["perplexity"] or {}
+        ppl = (optional(measured[text]["ppl"], ",.2f") if text in measured else row["status"] for text in texts)
+        bits = (optional(row[key], ".3f") for key in ("claimed_bits", "bits_per_weight"))
+        seconds = "-" if row["seconds"] is None else duration(row["seconds"])
+        name = row["method"] if row["preprocessing"] is None else f"{row['method']}, preprocessed"
+        table.add_row(name, *bits, *ppl, seconds)
+    out.print(table)
+    for row in rows:
+        if row["status"] != "ok":
+            out.print(f"{row['method']} {row['status']}: {row['reason']}")
+    out.print(f"next: ptq161 report {result['out']}")
+
+
 def show_inspected(out: Console, path: str, result: Mapping[str, Any]) -> None:
     """Bits, bytes by part, and the distinct linears."""
     stored, file_bytes = sum(result["parts"].values()), result["file_bytes"]
