@@ -40,9 +40,9 @@ BASELINES = (
     "billm",
     "smoothquant-w4a4",
 )
-# What `compare` takes where it is not told: as the literature compares, and in minutes with a small model on a CPU.
+# What `compare` takes where it is not told: as the literature compares, and what is done in minutes on a CPU.
 FULL: dict[str, Any] = {
-    "methods": ("paper", "best", "fast", *BASELINES),
+    "methods": ("paper", "fast", "best", *BASELINES),
     "samples": 128,
     "seqlen": 2048,
     "max_windows": None,
@@ -51,12 +51,23 @@ QUICK: dict[str, Any] = {
     "methods": (
         "paper:epochs=4",
         "fast",
-        *(f"{name}:epochs=10" if name.startswith("omniquant") else name for name in BASELINES),
+        "rtn-w2",
+        "rtn-w2g128",
+        "gptq-w2",
+        "gptq-w2g128",
+        "gptq-w4g128",
+        "pb-llm",
+        "quip-w2",
+        "smoothquant-w4a4",
+        "owq-w2",
+        "billm",
+        "awq-w2g128",
+        "omniquant-w2g128:epochs=10",
     ),
     "samples": 16,
     "seqlen": 256,
     "window": 512,
-    "max_windows": 64,
+    "max_windows": 32,
 }
 EXCLUSIVE = {"bits": "salient_ratio", "salient_ratio": "bits"}
 
@@ -186,7 +197,7 @@ def _compare_arguments(parser: _Parser) -> None:
     add("--samples", type=int, metavar="N", help="calibration samples (default 128; quick: 16)")
     add("--seqlen", type=int, metavar="L", help="tokens of each sample (default 2048; quick: 256)")
     add("--window", type=int, metavar="L", help="tokens of an evaluation window (default: as --seqlen; quick: 512)")
-    add("--max-windows", type=int, metavar="N", help="only the first N windows of each text (default: all; quick: 64)")
+    add("--max-windows", type=int, metavar="N", help="only the first N windows of each text (default: all; quick: 32)")
     add("--seed", type=int, default=0, metavar="S", help="of sampling and learning")
     add("--preprocessed", metavar="DIR", help="a second model: every method gets another row on it")
     add("--quick", action="store_true", help="little text and few epochs: a first look, minutes for a small model")

@@ -5,6 +5,7 @@ that is done, `models` the packed checkpoints. Run again, it makes the rows that
 """
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -215,7 +216,16 @@ def _row(name: str, made_by: Contender, subject: Subject, evaluation: Evaluation
     calibration = subject.calibration
     samples = dict(zip(calibration.sources, shares(calibration.samples, calibration.sources), strict=True))
     unknown = ("config", "bits_per_weight", "claimed_bits", "bits_by_part", "quantized_weights", "file_bytes")
-    measured = ("perplexity", "block_errors", "tasks", "seconds", "evaluation_seconds", "peak_rss_bytes", "blocks")
+    measured = (
+        "perplexity",
+        "block_errors",
+        "tasks",
+        "seconds",
+        "evaluation_seconds",
+        "peak_rss_bytes",
+        "layers",
+        "blocks",
+    )
     row: dict[str, Any] = {
         "schema": 1,
         "model": subject.path,
@@ -236,13 +246,22 @@ def _row(name: str, made_by: Contender, subject: Subject, evaluation: Evaluation
     }
     try:
         for column, value in _columns(made_by, subject, evaluation, on_step):
-            row[column] = value
+            row[column] = _finite(value)
     except (Ptq161Error, RuntimeError, MemoryError) as error:  # torch: no memory, no such decomposition, ...
         if made_by is full_precision:
             raise
         row["status"] = "skipped" if isinstance(error, InputError) else "failed"
         row["reason"] = f"{error or type(error).__name__}".splitlines()[0]
     return row
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for every number that JSON cannot write: a model can be ruined that far."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _columns(
@@ -261,6 +280,7 @@ def _columns(
     yield "bits_by_part", candidate.parts
     yield "quantized_weights", candidate.weights
     yield "file_bytes", candidate.file_bytes
+    yield "layers", candidate.layers
     yield "blocks", candidate.blocks
     began = time.monotonic()
     yield from evaluation(candidate.model.to(subject.device, subject.dtype), on_step)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -47,9 +47,8 @@ class Subject:
     folder: Path
 
     def fresh(self) -> PreTrainedModel:
-        """A copy of the model that can be changed."""
-        model = self.dense.whole()
-        return copy.deepcopy(model) if self.dense.resident else model
+        """A copy of the model that can be changed; `whole` shares memory with what the next one is filled from."""
+        return copy.deepcopy(self.dense.whole())
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,8 @@ class Candidate:
 
     model: to be evaluated, on any device and in any dtype. config: every setting of the method.
     parts: part (codes, scales, ...) -> bits over all quantized linears; weights: how many they have. None for a model
-    that is not quantized. blocks: one record per decoder block, with its `index` and `seconds`.
+    that is not quantized. layers: how many channels of which linears have which code width, where that differs.
+    blocks: one record per decoder block, with its `index` and `seconds`.
     continued: begun by an earlier run, so that its time is not known.
     """
 
@@ -68,6 +68,7 @@ class Candidate:
     weights: int | None = None
     claimed_bits: float | None = None
     file_bytes: int | None = None
+    layers: list[dict[str, Any]] | None = None
     blocks: list[dict[str, Any]] | None = None
     continued: bool = False
 
@@ -80,10 +81,8 @@ class Candidate:
 OnStep = Callable[[str, int, int], None]  # what is done, steps done, steps in all
 
 
-class Contender(Protocol):
-    """Makes a candidate of a subject, which it leaves as it is. Raises InputError where it cannot take the model."""
-
-    def __call__(self, subject: Subject, on_step: OnStep) -> Candidate: ...
+# Makes a candidate of a subject, which it leaves as it is. Raises InputError where it cannot take the model.
+Contender = Callable[[Subject, OnStep], Candidate]
 
 
 def contender(name: str) -> Contender:
@@ -146,6 +145,7 @@ class PackedPreset:
             weights=sizes["quantized_weights"],
             claimed_bits=sizes["paper_bits"] or sizes["bits_per_weight"],
             file_bytes=sizes["file_bytes"],
+            layers=[{key: layer[key] for key in ("rows", "cols", "linears", "columns")} for layer in sizes["layers"]],
             blocks=[
                 {**block, "seconds": seconds}
                 for block, seconds in zip(run["blocks"], run["timing"]["block_seconds"], strict=True)

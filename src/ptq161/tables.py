@@ -1,6 +1,7 @@
 """Results on stdout, when a command is done: tables and lines. Numbers come in ready; nothing is decided here."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from rich.console import Console
@@ -110,7 +111,9 @@ def show_compared(out: Console, result: Mapping[str, Any]) -> None:
     """One line per row of a comparison, and why some have no figures."""
     rows = result["rows"]
     texts = list(rows[0]["perplexity"])
-    table = numbers_table("method", "claimed bits", "honest bits", *(f"perplexity, {text}" for text in texts), "time")
+    names = (f"perplexity, {PurePath(text).name}" for text in texts)
+    table = numbers_table("method", "claimed bits", "honest bits", *names, "time")
+    table.columns[0].no_wrap = True
     for row in rows:
         measured = row["perplexity"] or {}
         ppl = (optional(measured[text]["ppl"], ",.2f") if text in measured else row["status"] for text in texts)
