@@ -55,7 +55,7 @@ ALLOWED = {
     "data": "hub selftext config",
     "sources": "dense contents hf foreign hub config",
     # commands
-    "evaluate": "data hf linear kernels packing binarize machine baselines discovery",
+    "evaluate": "data hf linear kernels packing binarize machine baselines discovery blocks",
     "generation": "data",
     "chat": "generation",
     "handlers": "chat generation data",
@@ -70,6 +70,7 @@ ALLOWED = {
     "contenders": "pipeline baselines methods inspection hf dense folder config",
     "compare": "contenders evaluate records checkpoint sources data config machine",
     "report": "",
+    "shapes": "inspection allocation discovery methods config",
     "arguments": "config",
     "terminal": "",
     "meters": "terminal walk machine",

@@ -48,26 +48,26 @@ FULL: dict[str, Any] = {
     "max_windows": None,
 }
 QUICK: dict[str, Any] = {
-    "methods": (
+    "methods": (  # what takes long comes last
+        "rtn-w2g128",
+        "gptq-w2g128",
         "paper:epochs=4",
         "fast",
-        "rtn-w2",
-        "rtn-w2g128",
-        "gptq-w2",
-        "gptq-w2g128",
-        "gptq-w4g128",
         "pb-llm",
         "quip-w2",
+        "gptq-w2",
         "smoothquant-w4a4",
-        "owq-w2",
         "billm",
+        "rtn-w2",
+        "gptq-w4g128",
+        "owq-w2",
         "awq-w2g128",
         "omniquant-w2g128:epochs=10",
     ),
     "samples": 16,
     "seqlen": 256,
     "window": 512,
-    "max_windows": 32,
+    "max_windows": 16,
 }
 EXCLUSIVE = {"bits": "salient_ratio", "salient_ratio": "bits"}
 
@@ -120,6 +120,10 @@ def _parser() -> _Parser:
     _quantize_arguments(command("quantize", "quantize a model into a packed checkpoint folder"))
     _eval_arguments(command("eval", "perplexity of any model, dense or packed"))
     _compare_arguments(command("compare", "methods side by side on one model, the same tokens for all; resumable"))
+    report = command("report", "one self-contained page and pictures from the results of a comparison")
+    report.add_argument("path", type=Path, metavar="DIR", help="folder of a comparison, or of a results.jsonl")
+    text = "a table of rows with `variant` and `perplexity`, full precision first; may be repeated"
+    report.add_argument("--ablations", type=Path, action="append", default=[], metavar="ROWS.jsonl", help=text)
     inspect = command("inspect", "bits per weight and bytes by part; predicted for a model not yet packed")
     inspect.add_argument("path", metavar="PATH", help="packed folder, or config.json, HF folder, .gguf, hub name")
     _budget_arguments(inspect)
@@ -197,7 +201,7 @@ def _compare_arguments(parser: _Parser) -> None:
     add("--samples", type=int, metavar="N", help="calibration samples (default 128; quick: 16)")
     add("--seqlen", type=int, metavar="L", help="tokens of each sample (default 2048; quick: 256)")
     add("--window", type=int, metavar="L", help="tokens of an evaluation window (default: as --seqlen; quick: 512)")
-    add("--max-windows", type=int, metavar="N", help="only the first N windows of each text (default: all; quick: 32)")
+    add("--max-windows", type=int, metavar="N", help="only the first N windows of each text (default: all; quick: 16)")
     add("--seed", type=int, default=0, metavar="S", help="of sampling and learning")
     add("--preprocessed", metavar="DIR", help="a second model: every method gets another row on it")
     add("--quick", action="store_true", help="little text and few epochs: a first look, minutes for a small model")

@@ -142,6 +142,31 @@ def _compare(args: Namespace) -> int:
     return _print(args, result, lambda out: tables.show_compared(out, result))
 
 
+def _report(args: Namespace) -> int:
+    _require("report", "matplotlib")
+    from ptq161 import shapes, terminal
+    from ptq161.compare import CHANNELS, MODELS, RESULTS
+    from ptq161.evaluate.channels import width_map
+    from ptq161.hf import is_packed
+    from ptq161.report import comparison, writing
+
+    rows = comparison.read_rows(args.path / RESULTS, comparison.RESULT_COLUMNS)
+    ablations = {str(file): comparison.read_rows(file, comparison.ABLATION_COLUMNS) for file in args.ablations}
+    channels = args.path / CHANNELS
+    folders = [folder for folder in sorted((args.path / MODELS / "original").glob("*")) if is_packed(folder)]
+    with terminal.quiet_libraries(debug=args.debug):
+        results = comparison.arranged(
+            rows,
+            args.path / RESULTS,
+            ablations=ablations,
+            channels=json.loads(channels.read_text()) if channels.exists() else [],
+            maps={folder.name: width_map(folder) for folder in folders},
+            memory=shapes.memory_table(),
+        )
+        result = writing.write_report(results, args.path)
+    return _print(args, result, lambda out: out.print(f"open {result['page']}"))
+
+
 def _inspect(args: Namespace) -> int:
     budget = {"bits": args.bits, "salient_ratio": args.salient_ratio}
     if budget != dict.fromkeys(budget):
@@ -243,6 +268,7 @@ COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "quantize": _quantize,
     "eval": _eval,
     "compare": _compare,
+    "report": _report,
     "inspect": _inspect,
     "verify": _verify,
     "generate": _generate,

@@ -1,7 +1,8 @@
 """Methods side by side on one model: the same calibration tokens, the same evaluation tokens, one row each.
 
 A comparison is a folder. `comparison.json` says what it is a comparison of, `results.jsonl` has a row for every method
-that is done, `models` the packed checkpoints. Run again, it makes the rows that are not there or were not ok.
+that is done, `channels.json` is for the report, and `models` has the packed checkpoints. Run again, it makes the rows
+that are not there or were not ok.
 """
 
 import json
@@ -26,12 +27,14 @@ from ptq161.config import CalibrationConfig
 from ptq161.contenders import FULL_PRECISION, Contender, OnStep, Subject, contender, full_precision
 from ptq161.data import SELF, calibration_tokens, evaluation_tokens, parse_source, shares
 from ptq161.errors import InputError, Ptq161Error
+from ptq161.evaluate.channels import channel_magnitudes
 from ptq161.evaluate.drift import block_errors, block_outputs
 from ptq161.evaluate.perplexity import perplexity
 from ptq161.records import fingerprint
 from ptq161.sources import open_dense
 
-RESULTS, JOB, MODELS = "results.jsonl", "comparison.json", "models"
+RESULTS, JOB, CHANNELS, MODELS = "results.jsonl", "comparison.json", "channels.json", "models"
+WATCHED_SAMPLES = 4  # calibration samples that channels are measured on, for the report
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,9 @@ def compare(
         original = subjects[0].fresh()
         original.to(settings.device, settings.dtype)  # type: ignore[arg-type]
         evaluation = replace(evaluation, wanted=block_outputs(original, evaluation.first_window))
+        if not (out / CHANNELS).exists():
+            magnitudes = json.dumps(channel_magnitudes(original, subjects[0].samples[:WATCHED_SAMPLES]))
+            write_atomically(out / CHANNELS, lambda path: path.write_text(magnitudes))
         del original
         for name, made_by in {FULL_PRECISION: full_precision, **contenders}.items():
             for subject in subjects:
@@ -180,8 +186,8 @@ def _claim(out: Path, job: Mapping[str, Any], *, restart: bool) -> None:
     path = out / JOB
     if restart and path.exists():
         shutil.rmtree(out / MODELS, ignore_errors=True)
-        (out / RESULTS).unlink(missing_ok=True)
-        path.unlink()
+        for name in (RESULTS, CHANNELS, JOB):
+            (out / name).unlink(missing_ok=True)
     if path.exists():
         different = differences(json.loads(path.read_text(encoding="utf-8")), job)
         if different:
