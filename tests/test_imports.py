@@ -57,7 +57,7 @@ ALLOWED = {
     "data": "hub selftext config",
     "sources": "dense contents hf foreign hub config",
     # commands
-    "evaluate": "data hf linear kernels packing binarize machine",
+    "evaluate": "data hf linear kernels packing binarize machine baselines discovery blocks",
     "generation": "data",
     "chat": "generation",
     "handlers": "chat generation data",
@@ -69,7 +69,10 @@ ALLOWED = {
     "records": "walk folder config",
     "pipeline": "walk tuning preflight records methods dense space checkpoint hf vocabulary inspection sources data "
     "layout config machine",
+    "contenders": "pipeline baselines methods inspection hf dense folder config",
+    "compare": "contenders evaluate records checkpoint sources data config machine",
     "report": "",
+    "shapes": "inspection allocation discovery methods config",
     "arguments": "config",
     "terminal": "",
     "meters": "terminal walk machine",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ptq161
-from ptq161.arguments import parse, quantize_settings
+from ptq161.arguments import compare_settings, parse, quantize_settings
 from ptq161.config import Head, QuantConfig
 from ptq161.errors import InputError, Ptq161Error
 
@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        kept = "; finished blocks are kept, the same command continues" if "quantize" in arguments[:1] else ""
+        what = {"quantize": "blocks", "compare": "rows"}.get(arguments[0] if arguments else "")
+        kept = f"; finished {what} are kept, the same command continues" if what else ""
         return _fail(f"interrupted{kept}", 130)
     except Ptq161Error as error:
         _debug(arguments)
@@ -117,6 +118,53 @@ def _eval(args: Namespace) -> int:
     if args.out is not None:
         _append_row(args, result, sizes, record)
     return _print(args, result, lambda out: tables.show_evaluated(out, result))
+
+
+def _compare(args: Namespace) -> int:
+    settings = compare_settings(args)
+    import torch
+
+    from ptq161 import compare, machine, meters, tables, terminal
+
+    device = machine.pick_device(args.device)
+    fast = torch.bfloat16 if machine.multiplies_bfloat16(device) else torch.float32
+    meter = meters.CompareMeter(quiet=args.quiet)
+    with terminal.quiet_libraries(debug=args.debug), meter:
+        meter.line(f"reading {args.model} and the texts")
+        result = compare.compare(
+            args.model,
+            args.out,
+            compare.Settings(**settings, device=device, dtype=_dtype(args) or fast),
+            command=shlex.join(["ptq161", *args.arguments]),
+            restart=args.restart,
+            on_step=meter,
+        )
+    return _print(args, result, lambda out: tables.show_compared(out, result))
+
+
+def _report(args: Namespace) -> int:
+    _require("report", "matplotlib")
+    from ptq161 import shapes, terminal
+    from ptq161.compare import CHANNELS, MODELS, RESULTS
+    from ptq161.evaluate.channels import width_map
+    from ptq161.hf import is_packed
+    from ptq161.report import comparison, writing
+
+    rows = comparison.read_rows(args.path / RESULTS, comparison.RESULT_COLUMNS)
+    ablations = {str(file): comparison.read_rows(file, comparison.ABLATION_COLUMNS) for file in args.ablations}
+    channels = args.path / CHANNELS
+    folders = [folder for folder in sorted((args.path / MODELS / "original").glob("*")) if is_packed(folder)]
+    with terminal.quiet_libraries(debug=args.debug):
+        results = comparison.arranged(
+            rows,
+            args.path / RESULTS,
+            ablations=ablations,
+            channels=json.loads(channels.read_text()) if channels.exists() else [],
+            maps={folder.name: width_map(folder) for folder in folders},
+            memory=shapes.memory_table(),
+        )
+        result = writing.write_report(results, args.path)
+    return _print(args, result, lambda out: out.print(f"open {result['page']}"))
 
 
 def _inspect(args: Namespace) -> int:
@@ -220,6 +268,8 @@ def _bench(args: Namespace) -> int:
 COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "quantize": _quantize,
     "eval": _eval,
+    "compare": _compare,
+    "report": _report,
     "inspect": _inspect,
     "verify": _verify,
     "generate": _generate,

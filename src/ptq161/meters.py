@@ -91,3 +91,16 @@ class EvaluationMeter(_Meter):
         if done * 10 // total > self.tenths:
             self.tenths = done * 10 // total
             self.line(f"{self.name}: window {done}/{total}")
+
+
+class CompareMeter(_Meter):
+    """Takes what a comparison is doing; without a terminal, a line when a row begins and when its evaluation does."""
+
+    last = ("", "")
+
+    def __call__(self, row: str, what: str, done: int, total: int) -> None:
+        """Show that of `row`, `done` of `total` steps of `what` are behind it."""
+        self.show(f"{row}: {what} {done}/{total}", done / total, f"memory {size(peak_rss_bytes())}")
+        if (row, what) != self.last:
+            self.last = (row, what)
+            self.line(f"{row}: {what}")

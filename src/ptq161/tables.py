@@ -1,6 +1,7 @@
 """Results on stdout, when a command is done: tables and lines. Numbers come in ready; nothing is decided here."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from rich.console import Console
@@ -104,6 +105,27 @@ def show_evaluated(out: Console, result: Mapping[str, Any]) -> None:
     out.print(table)
     bits = "dense" if result["bits_per_weight"] is None else f"{result['bits_per_weight']:.4f} bits per weight"
     out.print(f"{result['model']}: {bits}, {duration(result['seconds'])}, {size(result['peak_rss_bytes'])} of memory")
+
+
+def show_compared(out: Console, result: Mapping[str, Any]) -> None:
+    """One line per row of a comparison, and why some have no figures."""
+    rows = result["rows"]
+    texts = list(rows[0]["perplexity"])
+    names = (f"perplexity, {PurePath(text).name}" for text in texts)
+    table = numbers_table("method", "claimed bits", "honest bits", *names, "time")
+    table.columns[0].no_wrap = True
+    for row in rows:
+        measured = row["perplexity"] or {}
+        ppl = (optional(measured[text]["ppl"], ",.2f") if text in measured else row["status"] for text in texts)
+        bits = (optional(row[key], ".3f") for key in ("claimed_bits", "bits_per_weight"))
+        seconds = "-" if row["seconds"] is None else duration(row["seconds"])
+        name = row["method"] if row["preprocessing"] is None else f"{row['method']}, preprocessed"
+        table.add_row(name, *bits, *ppl, seconds)
+    out.print(table)
+    for row in rows:
+        if row["status"] != "ok":
+            out.print(f"{row['method']} {row['status']}: {row['reason']}")
+    out.print(f"next: ptq161 report {result['out']}")
 
 
 def show_inspected(out: Console, path: str, result: Mapping[str, Any]) -> None:
