@@ -55,7 +55,7 @@ ALLOWED = {
     "data": "hub selftext config",
     "sources": "dense contents hf foreign hub config",
     # commands
-    "evaluate": "data hf linear kernels packing binarize machine",
+    "evaluate": "data hf linear kernels packing binarize machine foreign hub",
     "generation": "data",
     "chat": "generation",
     "handlers": "chat generation data",
