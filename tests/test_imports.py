@@ -57,7 +57,7 @@ ALLOWED = {
     "data": "hub selftext config",
     "sources": "dense contents hf foreign hub config",
     # commands
-    "evaluate": "data hf linear kernels packing binarize machine baselines discovery blocks",
+    "evaluate": "data hf linear kernels packing binarize machine baselines discovery blocks foreign hub",
     "generation": "data",
     "chat": "generation",
     "handlers": "chat generation data",

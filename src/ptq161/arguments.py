@@ -174,10 +174,17 @@ def _quantize_arguments(parser: _Parser) -> None:
 def _eval_arguments(parser: _Parser) -> None:
     add = parser.add_argument
     add("path", metavar="PATH", help="packed folder, HF folder, .gguf or hub name")
-    add("--ppl", action="append", required=True, metavar="SOURCE", help="wikitext2, c4 or a file; may be repeated")
+    add("--ppl", action="append", default=[], metavar="SOURCE", help="wikitext2, c4 or a file; may be repeated")
     add("--seqlen", type=int, default=2048, metavar="L", help="tokens of a window (default 2048)")
     add("--max-windows", type=int, metavar="N", help="only the first N windows of each text")
-    add("--bos", action="store_true", help="put the BOS token before each window")
+    add("--bos", action="store_true", help="put the BOS token before each window and each task's prompt")
+    add("--tasks", type=_names, default=[], metavar="A,B", help="of lm-evaluation-harness: piqa,arc_easy,mmlu,...")
+    add(
+        "--task-data", type=Path, metavar="DIR", help="the tasks' JSON lines (docs/tasks.md), instead of the hub's data"
+    )
+    add("--limit", type=int, metavar="N", help="only the first N items of each task")
+    add("--shots", type=int, metavar="N", help="examples in each prompt (default: as the task's definition has it)")
+    add("--seed", type=int, default=0, metavar="S", help="of drawing these examples (default 0)")
     _mode_argument(parser)
     add("--out", type=Path, metavar="results.jsonl", help="append the result as a row")
     _activations_argument(parser, "float32")
@@ -289,6 +296,13 @@ def _key_value(text: str) -> tuple[str, str]:
     if not equals or not key.strip():
         raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE, e.g. epochs=4")
     return key.strip(), value.strip()
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected names with commas between, e.g. piqa,arc_easy")
+    return names
 
 
 def _shape(text: str) -> tuple[int, int]:

@@ -84,6 +84,8 @@ def _quantize(args: Namespace) -> int:
 def _eval(args: Namespace) -> int:
     if args.out is not None and not args.out.absolute().parent.is_dir():
         raise InputError(f"--out {args.out}: its folder does not exist; make it, or choose another file")
+    if not args.ppl and not args.tasks:
+        raise InputError("eval needs something to measure: --ppl SOURCE, --tasks NAMES, or both")
     began = time.monotonic()
     from ptq161 import data, machine, meters, tables, terminal
     from ptq161.evaluate.perplexity import perplexity
@@ -93,6 +95,7 @@ def _eval(args: Namespace) -> int:
     with terminal.quiet_libraries(debug=args.debug):
         for source in args.ppl:
             data.parse_source(source)
+        measure_tasks = _tasks(args)
         record = _recorded(Path(args.path)) if is_packed(args.path) else ({}, {})
         model, tokenizer = _open(args)
         if args.bos and tokenizer.bos_token_id is None:
@@ -101,17 +104,18 @@ def _eval(args: Namespace) -> int:
         texts = {source: data.evaluation_tokens(source, tokenizer) for source in args.ppl}
         measured = {}
         for source, tokens in texts.items():
-            meter = meters.EvaluationMeter(source, quiet=args.quiet)
+            meter = meters.EvaluationMeter(source, "window", quiet=args.quiet)
             with meter:
                 measured[source] = perplexity(
                     model, tokens, args.seqlen, bos=bos, max_windows=args.max_windows, on_window=meter
                 )
+        tasks = None if measure_tasks is None else measure_tasks(model, tokenizer)
         sizes = inspect(args.path) if is_packed(args.path) else None
     result = {
         "model": args.path,
         "bits_per_weight": None if sizes is None else sizes["bits_per_weight"],
-        "perplexity": measured,
-        "tasks": None,
+        "perplexity": measured or None,
+        "tasks": tasks,
         "seconds": time.monotonic() - began,
         "peak_rss_bytes": machine.peak_rss_bytes(),
     }
@@ -165,6 +169,26 @@ def _report(args: Namespace) -> int:
         )
         result = writing.write_report(results, args.path)
     return _print(args, result, lambda out: out.print(f"open {result['page']}"))
+
+
+def _tasks(args: Namespace) -> "Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, Any]] | None":
+    """What measures the tasks, their data read already so that a bad file is refused before a model is opened."""
+    if not args.tasks:
+        return None
+    _require("tasks", "lm_eval")
+    from ptq161 import meters
+    from ptq161.evaluate import tasks
+
+    settings = tasks.TaskSettings(limit=args.limit, shots=args.shots, seed=args.seed, bos=args.bos)
+    loaded = tasks.load_tasks(args.tasks, args.task_data, settings)
+
+    def measure(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+        meter = meters.EvaluationMeter("tasks", "request", quiet=args.quiet)
+        with meter:
+            results = tasks.evaluate_tasks(model, tokenizer, loaded, settings, on_request=meter)
+        return {result.task: result.row() for result in results}
+
+    return measure
 
 
 def _inspect(args: Namespace) -> int:

@@ -78,19 +78,22 @@ class QuantizeMeter(_Meter):
 
 
 class EvaluationMeter(_Meter):
-    """Takes windows done of one evaluation text; without a terminal, a line for about every tenth."""
+    """Takes how much of one evaluation is done, in some unit; without a terminal, a line for about every tenth."""
 
-    def __init__(self, name: str, *, quiet: bool) -> None:
+    def __init__(self, name: str, unit: str, *, quiet: bool) -> None:
         super().__init__(quiet=quiet)
         self.name = name
+        self.unit = unit
         self.tenths = 0
 
     def __call__(self, done: int, total: int) -> None:
-        """Show that `done` of `total` windows are evaluated."""
-        self.show(self.name, done / total, f"window {done}/{total}")
+        """Show that `done` of `total` units are evaluated; after the last one, another count may begin."""
+        self.show(self.name, done / total, f"{self.unit} {done}/{total}")
+        if done == 1:
+            self.tenths = 0
         if done * 10 // total > self.tenths:
             self.tenths = done * 10 // total
-            self.line(f"{self.name}: window {done}/{total}")
+            self.line(f"{self.name}: {self.unit} {done}/{total}")
 
 
 class CompareMeter(_Meter):

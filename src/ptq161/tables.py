@@ -92,9 +92,9 @@ def show_plan(out: Console, result: Mapping[str, Any]) -> None:
 
 
 def show_evaluated(out: Console, result: Mapping[str, Any]) -> None:
-    """Perplexities, one row per text."""
+    """Perplexities, one row per text; metrics of tasks, one row each."""
     table = numbers_table("text", "perplexity", "tokens", "windows", "of length", "BOS")
-    for source, entry in result["perplexity"].items():
+    for source, entry in (result["perplexity"] or {}).items():
         counts = (
             f"{entry['tokens']:,}",
             str(entry["windows"]),
@@ -102,7 +102,10 @@ def show_evaluated(out: Console, result: Mapping[str, Any]) -> None:
             "no" if entry["bos"] is None else "yes",
         )
         table.add_row(source, optional(entry["ppl"]), *counts)
-    out.print(table)
+    if result["perplexity"]:
+        out.print(table)
+    if result["tasks"]:
+        _show_tasks(out, result["tasks"])
     bits = "dense" if result["bits_per_weight"] is None else f"{result['bits_per_weight']:.4f} bits per weight"
     out.print(f"{result['model']}: {bits}, {duration(result['seconds'])}, {size(result['peak_rss_bytes'])} of memory")
 
@@ -126,6 +129,15 @@ def show_compared(out: Console, result: Mapping[str, Any]) -> None:
         if row["status"] != "ok":
             out.print(f"{row['method']} {row['status']}: {row['reason']}")
     out.print(f"next: ptq161 report {result['out']}")
+
+
+def _show_tasks(out: Console, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    table = numbers_table("task", "metric", "value", "standard error", "items", "examples", "BOS")
+    for name, entry in tasks.items():
+        settings = (str(entry["n"]), str(entry["shots"]), "yes" if entry["bos"] else "no")
+        for metric in (key for key in entry if f"{key}_stderr" in entry):
+            table.add_row(name, metric, optional(entry[metric]), optional(entry[f"{metric}_stderr"]), *settings)
+    out.print(table)
 
 
 def show_inspected(out: Console, path: str, result: Mapping[str, Any]) -> None:
