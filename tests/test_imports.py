@@ -62,6 +62,12 @@ ALLOWED = {
     "chat": "generation",
     "handlers": "chat generation data",
     "serve": "handlers",
+    "adapters": "binarize",
+    "restoration": "adapters distill fit checkpoint binarize config",
+    "once": "pipeline walk sources verify hf linear packing binarize dense folder config",
+    "before_after": "adapters evaluate checkpoint",
+    "preprocess": "once pipeline restoration adapters before_after walk records sources data hf dense discovery "
+    "checkpoint folder config machine",
     "inspection": "sources hf vocabulary saving contents foreign folder discovery blocks allocation layout packing "
     "config",
     "tuning": "distill student walk dense discovery blocks checkpoint machine config",
@@ -91,6 +97,7 @@ THIRD_PARTY = {
     "budget": "",
     "machine": "torch",
     "binarize": "torch jaxtyping",
+    "adapters": "torch jaxtyping",
     "packing": "torch jaxtyping",
     "fit": "torch jaxtyping",
     "methods": "torch jaxtyping",

@@ -12,6 +12,7 @@ from ptq161.config import (
     PRESETS,
     CalibrationConfig,
     Head,
+    PreprocessConfig,
     QuantConfig,
     preset_named,
     read_toml,
@@ -118,6 +119,7 @@ def _parser() -> _Parser:
         return added
 
     _quantize_arguments(command("quantize", "quantize a model into a packed checkpoint folder"))
+    _preprocess_arguments(command("preprocess", "make a dense model that quantizes better: restorative LoRA, merged"))
     _eval_arguments(command("eval", "perplexity of any model, dense or packed"))
     _compare_arguments(command("compare", "methods side by side on one model, the same tokens for all; resumable"))
     report = command("report", "one self-contained page and pictures from the results of a comparison")
@@ -168,6 +170,38 @@ def _quantize_arguments(parser: _Parser) -> None:
     add("--overwrite", action="store_true", help="replace OUT once the new one is complete")
     add("--restart", action="store_true", help="drop an unfinished run instead of continuing it")
     add("--dry-run", action="store_true", help="say what will be needed; write nothing")
+    _device_arguments(parser)
+
+
+def _preprocess_arguments(parser: _Parser) -> None:
+    add, defaults = parser.add_argument, PreprocessConfig()
+    add("model", metavar="MODEL", help="hub name, HF folder or .gguf file")
+    add("out", metavar="OUT", help="folder to be made; interrupted, the same command continues")
+    add(
+        "--text", action="append", required=True, metavar="SOURCE", help="what the adapters learn from; may be repeated"
+    )
+    add("--quantized", type=Path, metavar="DIR", help="MODEL packed by ptq161 (default: quantize it first)")
+    add("--preset", default="paper", choices=PRESETS, help="of that first quantization (default paper)")
+    add("--calib", action="append", metavar="SOURCE", help="of that first quantization (default: --text)")
+    add("--steps", type=int, metavar="N", help=f"of training (default {defaults.steps}, the paper's)")
+    add("--rank", type=int, metavar="R", help=f"of the adapters (default {defaults.rank})")
+    add("--lr", type=float, metavar="X", help=f"learning rate at its start (default {defaults.lr:g})")
+    add("--seqlen", type=int, metavar="L", help=f"tokens of each sample (default {defaults.seqlen})")
+    add("--target", action="append", metavar="NAME", help="linears that get an adapter, e.g. q_proj; may be repeated")
+    add("--seed", type=int, metavar="S", help="of sampling and learning")
+    add("--set", action="append", type=_key_value, default=[], metavar="K=V", help="any other setting; may be repeated")
+    add(
+        "--ppl",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="held-out text: also quantize the result, and measure",
+    )
+    add("--ppl-seqlen", type=int, default=2048, metavar="L", help="tokens of a window of --ppl (default 2048)")
+    add("--max-windows", type=int, metavar="N", help="only the first N windows of each held-out text")
+    add("--maps", type=Path, metavar="F.png", help="draw where large weights lie before and after")
+    add("--overwrite", action="store_true", help="replace OUT once the new one is complete")
+    add("--restart", action="store_true", help="drop an unfinished run instead of continuing it")
     _device_arguments(parser)
 
 
@@ -338,6 +372,15 @@ def compare_settings(args: argparse.Namespace) -> dict[str, Any]:
     calibration = {"sources": args.calib, "samples": settings.pop("samples"), "seqlen": settings.pop("seqlen")}
     settings["calibration"] = CalibrationConfig().replaced(calibration | {"seed": args.seed})
     return settings | {"ppl": tuple(args.ppl), "preprocessed": args.preprocessed}
+
+
+def preprocess_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of PreprocessConfig: --set under the options of their own. Raises InputError."""
+    options = {name: getattr(args, name) for name in ("steps", "rank", "lr", "seqlen", "seed")}
+    options["targets"] = None if args.target is None else tuple(args.target)
+    values = dict(args.set) | {key: value for key, value in options.items() if value is not None}
+    PreprocessConfig().replaced(values)
+    return values
 
 
 def quantize_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ptq161
-from ptq161.arguments import compare_settings, parse, quantize_settings
+from ptq161.arguments import compare_settings, parse, preprocess_settings, quantize_settings
 from ptq161.config import Head, QuantConfig
 from ptq161.errors import InputError, Ptq161Error
 
@@ -29,6 +29,14 @@ if TYPE_CHECKING:
     from ptq161.generation import Sampling
 
 
+# What an interruption leaves, by command.
+KEPT = {
+    "quantize": "; finished blocks are kept, the same command continues",
+    "compare": "; finished rows are kept, the same command continues",
+    "preprocess": "; what was done is kept (training: up to its last checkpoint), the same command continues",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; on failure the last line on stderr says why."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -38,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        what = {"quantize": "blocks", "compare": "rows"}.get(arguments[0] if arguments else "")
-        kept = f"; finished {what} are kept, the same command continues" if what else ""
+        kept = "".join(KEPT.get(command, "") for command in arguments[:1])
         return _fail(f"interrupted{kept}", 130)
     except Ptq161Error as error:
         _debug(arguments)
@@ -79,6 +86,31 @@ def _quantize(args: Namespace) -> int:
     hints = [f"ptq161 eval {out} --ppl FILE", f"ptq161 generate {out} --prompt TEXT"]
     source = _weight_bytes(args.model)
     return _print(args, result, lambda c: tables.show_quantized(c, result, source, [] if args.quiet else hints))
+
+
+def _preprocess(args: Namespace) -> int:
+    keywords = preprocess_settings(args)
+    _require("preprocess", "peft")
+    if args.maps is not None:
+        _require("report", "matplotlib")
+        if not args.maps.absolute().parent.is_dir():
+            raise InputError(f"--maps {args.maps}: its folder does not exist; make it, or choose another file")
+    from ptq161 import meters, tables, terminal
+    from ptq161.preprocess import preprocess
+
+    names = ("text", "quantized", "preset", "calib", "ppl", "ppl_seqlen", "max_windows")
+    keywords |= {name: getattr(args, name) for name in (*names, "device", "dtype", "overwrite", "restart")}
+    with terminal.quiet_libraries(debug=args.debug):
+        meter = meters.QuantizeMeter(quiet=args.quiet)
+        with meter:
+            meter.line(f"reading {args.model} and the text")
+            result = preprocess(args.model, args.out, on_progress=meter, **keywords)
+    if args.maps is not None:
+        from ptq161.report.maps import maps_figure
+
+        maps_figure(result["maps"]).savefig(args.maps, dpi=150)
+    hint = None if args.quiet else f"ptq161 quantize {shlex.quote(args.out)} OUT"
+    return _print(args, result, lambda out: tables.show_preprocessed(out, result, hint))
 
 
 def _eval(args: Namespace) -> int:
@@ -291,6 +323,7 @@ def _bench(args: Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "quantize": _quantize,
+    "preprocess": _preprocess,
     "eval": _eval,
     "compare": _compare,
     "report": _report,

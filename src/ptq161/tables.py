@@ -91,6 +91,36 @@ def show_plan(out: Console, result: Mapping[str, Any]) -> None:
     out.print(figures_table(rows))
 
 
+STAGES = {
+    "original": "original",
+    "quantized": "original, quantized",
+    "preprocessed": "preprocessed",
+    "preprocessed_quantized": "preprocessed, quantized",
+}
+
+
+def show_preprocessed(out: Console, result: Mapping[str, Any], model_command: str | None) -> None:
+    """The summary after `preprocess`."""
+    losses, spread = result["losses"], result["concentration"]
+    rows = {
+        "linears with an adapter": str(result["targets"]),
+        "tokens learned from": f"{result['tokens']:,} ({result['distinct_tokens']:,} different)",
+        "loss, first and last tenth": f"{losses[0]:.4f}, {losses[-1]:.4f}",
+        "time": duration(result["seconds"]),
+        "peak memory": size(result["peak_rss_bytes"]),
+    }
+    for stage in spread:
+        rows[f"salient weights in a tenth of the channels, {STAGES[stage]}"] = f"{spread[stage]:.1%}"
+    out.print(figures_table(rows))
+    if result["perplexity"]:
+        table = numbers_table("perplexity of", *STAGES.values())
+        for source, found in result["perplexity"].items():
+            table.add_row(source, *(optional(found[stage]["ppl"]) for stage in STAGES))
+        out.print(table)
+    if model_command is not None:
+        out.print(f"next: {model_command}")
+
+
 def show_evaluated(out: Console, result: Mapping[str, Any]) -> None:
     """Perplexities, one row per text; metrics of tasks, one row each."""
     table = numbers_table("text", "perplexity", "tokens", "windows", "of length", "BOS")
