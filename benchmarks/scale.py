@@ -5,9 +5,9 @@
     .venv/bin/python benchmarks/scale.py table benchmarks/results/scale.jsonl
 
 `measure` quantizes random LLaMA-shaped models (hidden 512, MLP 1408, bfloat16) of more and more blocks, and one of them
-with more and more calibration tokens: preset fast, one epoch, widths divided without the Fisher pass, one thread. Time is
-processor time, which other programs do not lengthen; memory is the peak of anonymous memory. `table` computes memory
-and disk of larger models as `--dry-run` does and scales the measured time by weights, and by weights times tokens.
+with more and more calibration tokens: preset fast, one epoch, seed 0, widths divided without the Fisher pass, one thread.
+Time is processor time, which other programs hardly lengthen; memory is the peak of anonymous memory. `table` computes
+memory and disk of larger models as `--dry-run` does, and scales the measured time by weights, and weights times tokens.
 """
 
 import argparse

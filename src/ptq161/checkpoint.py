@@ -50,25 +50,15 @@ class WorkFolder:
     def _take(self, held: ExitStack, job: Mapping[str, Any], *, restart: bool) -> None:
         """Lock the folder for as long as `held` is open, and put it under the job's name or check that it is."""
         existed = self.path.exists()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = held.enter_context((self.path / "lock").open("w"))
-        except OSError as error:
-            raise InputError(f"cannot write to {self.path}: {error.strerror}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"another process is quantizing into {self.out}; wait for it or stop it") from error
+        held.enter_context(locked(self.path, f"another process is quantizing into {self.out}"))
         if restart and self._job.exists():
             self._clear()
         self._claim(json.loads(json.dumps(job)), existed)
 
     def _claim(self, job: dict[str, Any], existed: bool) -> None:
         if self._job.exists():
-            before, job = _flat(json.loads(self._job.read_text())), _flat(job)
-            different = sorted(key for key in before.keys() | job.keys() if before.get(key) != job.get(key))
-            if different:
-                shown = "; ".join(f"{key}: {before.get(key)!r} -> {job.get(key)!r}" for key in different)
+            shown = differences(json.loads(self._job.read_text()), job)
+            if shown:
                 raise InputError(
                     f"{self.path} holds an unfinished run with other settings ({shown}); repeat those settings to "
                     "continue it, or give --restart to drop it"
@@ -212,6 +202,29 @@ class WorkFolder:
         """The blocks into which this rank has its streams: two if not all ranks had theirs when the run ended."""
         files = self.path.glob(f"streams-*-{ranks.rank():05}.safetensors")
         return {int(path.name.split("-")[1]) for path in files}
+
+
+@contextmanager
+def locked(folder: Path, busy: str) -> Iterator[None]:
+    """Make a folder and hold its lock. Raises InputError, saying `busy`, where another process holds it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{busy}; wait for it or stop it") from error
+        yield
+
+
+def differences(before: Mapping[str, Any], job: Mapping[str, Any]) -> str:
+    """What two records of a job differ in, in words; empty where they are equal. Both as JSON gives them back."""
+    old, new = _flat(before), _flat(job)
+    different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return "; ".join(f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in different)
 
 
 def _flat(job: Mapping[str, Any]) -> dict[str, Any]:
