@@ -4,10 +4,10 @@
     .venv/bin/python benchmarks/scale.py plot benchmarks/results/scale.jsonl docs/scale.svg
     .venv/bin/python benchmarks/scale.py table benchmarks/results/scale.jsonl
 
-`measure` quantizes random LLaMA-shaped models (hidden 512, MLP 1408, bfloat16) of more and more blocks, and one of them
-with more and more calibration tokens: preset fast, one epoch, seed 0, widths divided without the Fisher pass, one thread.
+`measure` quantizes random LLaMA-shaped models (hidden 512, MLP 1408, bfloat16) of more and more blocks, and one with
+more and more calibration tokens: preset fast, one epoch, seed 0, widths divided without the Fisher pass, one thread.
 Time is processor time, which other programs hardly lengthen; memory is the peak of anonymous memory. `table` computes
-memory and disk of larger models as `--dry-run` does, and scales the measured time by weights, and weights times tokens.
+memory and disk of larger models as `--dry-run` does, and scales measured time by weights, and by weights times tokens.
 """
 
 import argparse
@@ -150,9 +150,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             )
             memory.set_xlabel(label)
             for axes in (seconds, memory):
-                axes.set_ylim(bottom=0)
                 axes.set_xlim(left=0)
                 axes.grid(axis="y")
+        panels[0, 0].set_ylim(0, 1.1 * max(row["cpu_seconds"] for row in rows))
+        panels[1, 0].set_ylim(0, 1.1e-6 * max(max(row["anonymous_bytes"], row["predicted_bytes"]) for row in rows))
         panels[0, 0].set_ylabel("CPU seconds, one thread")
         panels[1, 0].set_ylabel("peak anonymous memory, MB")
         panels[1, 0].legend(loc="lower right")
@@ -160,33 +161,30 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> None:
-    """Print two Markdown tables: presets fast and best's block-wise stage, and paper, for each large model."""
+    """Print one Markdown table: presets fast (also what best does block by block) and paper for each large model."""
     from ptq161 import preflight
     from ptq161.config import preset_named
 
     per_weight, per_token = fitted(rows)
     print(f"CPU seconds = weights * ({per_weight:.3g} + {per_token:.3g} * tokens), one epoch\n")
-    print("| model | preset | tokens | ranks | memory a rank | disk | work | GPU hours | CPU hours |")
+    print("| model | preset | tokens | one block | streams | disk | operations | GPU hours | CPU hours |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name, sizes in MODELS.items():
         for preset in ("fast", "paper"):
             chosen = preset_named(preset)
-            config = chosen.quant.replaced({"bits": None, "salient_ratio": 0.05})
-            shape = (chosen.calibration.samples, chosen.calibration.seqlen)
+            config, shape = chosen.quant, (chosen.calibration.samples, chosen.calibration.seqlen)
             prepared = prepared_for(sizes, config)
-            work = preflight.flops(prepared, shape, config)
+            block = preflight.BYTES_PER_WEIGHT * sum(p.numel() for p in prepared.model.blocks[0].parameters())
+            streams = 5 * preflight.stream_bytes(prepared, shape)
             disk = preflight.work_bytes(prepared, shape, config, offloaded=False) + packed_bytes(prepared)
-            tokens = shape[0] * shape[1]
-            # One epoch as measured has 4 passes forward and 1 of learning, which counts 3: see preflight.flops.
-            share = (4 + 3 * config.epochs) / (4 + 3)
-            hours = prepared.layout.quantized_weights * (per_weight + per_token * tokens * share) / 3600
-            for ranks in (1, 8):
-                own = (-(-shape[0] // ranks), shape[1])
-                memory = preflight.memory_bytes(prepared, own, config, offloaded=False)
-                print(
-                    f"| {name} | {preset} | {tokens:,} | {ranks} | {memory / 1e9:.1f} GB | {disk / 1e9:.0f} GB | "
-                    f"{work:.1e} | {work / FLOPS_PER_SECOND / 3600:.1f} | {hours:,.0f} |"
-                )
+            work, tokens = preflight.flops(prepared, shape, config), shape[0] * shape[1]
+            # An epoch is three of the seven passes that were measured: see preflight.flops.
+            passes = (4 + 3 * config.epochs) / (4 + 3)
+            hours = prepared.layout.quantized_weights * (per_weight + per_token * tokens * passes) / 3600
+            print(
+                f"| {name} | {preset} | {tokens:,} | {block / 1e9:.1f} GB | {streams / 1e9:.1f} GB "
+                f"| {disk / 1e9:.0f} GB | {work:.1e} | {work / FLOPS_PER_SECOND / 3600:.2g} | {hours:,.0f} |"
+            )
 
 
 def prepared_for(sizes: tuple[int, ...], config: Any) -> Any:
@@ -205,6 +203,8 @@ def prepared_for(sizes: tuple[int, ...], config: Any) -> Any:
         skeleton = AutoModelForCausalLM.from_config(llama, dtype=torch.bfloat16)
     model = DenseModel(skeleton, {}, torch.bfloat16, resident=False)
     shapes = config_shapes(llama)
+    if config.method == "mixed":  # about as many bits, and no search over hundreds of large linears
+        config = config.replaced({"bits": None, "salient_ratio": 0.05})
     layout = LAYOUTS[config.method](shapes, config, None)
     return Prepared(model, Trace([], []), 0, sizes[3], shapes, layout, 0)
 
