@@ -12,6 +12,7 @@ from ptq161.config import (
     PRESETS,
     CalibrationConfig,
     Head,
+    PreprocessConfig,
     QuantConfig,
     preset_named,
     read_toml,
@@ -118,6 +119,7 @@ def _parser() -> _Parser:
         return added
 
     _quantize_arguments(command("quantize", "quantize a model into a packed checkpoint folder"))
+    _preprocess_arguments(command("preprocess", "make a dense model that quantizes better: restorative LoRA, merged"))
     _eval_arguments(command("eval", "perplexity of any model, dense or packed"))
     _compare_arguments(command("compare", "methods side by side on one model, the same tokens for all; resumable"))
     report = command("report", "one self-contained page and pictures from the results of a comparison")
@@ -171,13 +173,52 @@ def _quantize_arguments(parser: _Parser) -> None:
     _device_arguments(parser)
 
 
+def _preprocess_arguments(parser: _Parser) -> None:
+    add, defaults = parser.add_argument, PreprocessConfig()
+    add("model", metavar="MODEL", help="hub name, HF folder or .gguf file")
+    add("out", metavar="OUT", help="folder to be made; interrupted, the same command continues")
+    add(
+        "--text", action="append", required=True, metavar="SOURCE", help="what the adapters learn from; may be repeated"
+    )
+    add("--quantized", type=Path, metavar="DIR", help="MODEL packed by ptq161 (default: quantize it first)")
+    add("--preset", default="paper", choices=PRESETS, help="of that first quantization (default paper)")
+    add("--calib", action="append", metavar="SOURCE", help="of that first quantization (default: --text)")
+    add("--steps", type=int, metavar="N", help=f"of training (default {defaults.steps}, the paper's)")
+    add("--rank", type=int, metavar="R", help=f"of the adapters (default {defaults.rank})")
+    add("--lr", type=float, metavar="X", help=f"learning rate at its start (default {defaults.lr:g})")
+    add("--seqlen", type=int, metavar="L", help=f"tokens of each sample (default {defaults.seqlen})")
+    add("--target", action="append", metavar="NAME", help="linears that get an adapter, e.g. q_proj; may be repeated")
+    add("--seed", type=int, metavar="S", help="of sampling and learning")
+    add("--set", action="append", type=_key_value, default=[], metavar="K=V", help="any other setting; may be repeated")
+    add(
+        "--ppl",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="held-out text: also quantize the result, and measure",
+    )
+    add("--ppl-seqlen", type=int, default=2048, metavar="L", help="tokens of a window of --ppl (default 2048)")
+    add("--max-windows", type=int, metavar="N", help="only the first N windows of each held-out text")
+    add("--maps", type=Path, metavar="F.png", help="draw where large weights lie before and after")
+    add("--overwrite", action="store_true", help="replace OUT once the new one is complete")
+    add("--restart", action="store_true", help="drop an unfinished run instead of continuing it")
+    _device_arguments(parser)
+
+
 def _eval_arguments(parser: _Parser) -> None:
     add = parser.add_argument
     add("path", metavar="PATH", help="packed folder, HF folder, .gguf or hub name")
-    add("--ppl", action="append", required=True, metavar="SOURCE", help="wikitext2, c4 or a file; may be repeated")
+    add("--ppl", action="append", default=[], metavar="SOURCE", help="wikitext2, c4 or a file; may be repeated")
     add("--seqlen", type=int, default=2048, metavar="L", help="tokens of a window (default 2048)")
     add("--max-windows", type=int, metavar="N", help="only the first N windows of each text")
-    add("--bos", action="store_true", help="put the BOS token before each window")
+    add("--bos", action="store_true", help="put the BOS token before each window and each task's prompt")
+    add("--tasks", type=_names, default=[], metavar="A,B", help="of lm-evaluation-harness: piqa,arc_easy,mmlu,...")
+    add(
+        "--task-data", type=Path, metavar="DIR", help="the tasks' JSON lines (docs/tasks.md), instead of the hub's data"
+    )
+    add("--limit", type=int, metavar="N", help="only the first N items of each task")
+    add("--shots", type=int, metavar="N", help="examples in each prompt (default: as the task's definition has it)")
+    add("--seed", type=int, default=0, metavar="S", help="of drawing these examples (default 0)")
     _mode_argument(parser)
     add("--out", type=Path, metavar="results.jsonl", help="append the result as a row")
     _activations_argument(parser, "float32")
@@ -244,6 +285,7 @@ def _bench_arguments(parser: _Parser) -> None:
         default="mixed",
         help="with --shape: column groups; int8: a head",
     )
+    add("--hot", action="store_true", help="with --shape: one copy of each weight, which caches may hold")
     add("--rounds", type=int, metavar="N", help="turns of every contender (default 40 for a shape, 3 for a model)")
     add("--prompt-tokens", type=int, action="append", metavar="T", help="with PATH: tokens to read first (default 128)")
     add("--new-tokens", type=int, default=32, metavar="T", help="with PATH: tokens to write")
@@ -290,6 +332,13 @@ def _key_value(text: str) -> tuple[str, str]:
     return key.strip(), value.strip()
 
 
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected names with commas between, e.g. piqa,arc_easy")
+    return names
+
+
 def _shape(text: str) -> tuple[int, int]:
     rows, _, cols = text.partition("x")
     if not (rows.isdecimal() and cols.isdecimal() and int(rows) and int(cols)):
@@ -323,6 +372,15 @@ def compare_settings(args: argparse.Namespace) -> dict[str, Any]:
     calibration = {"sources": args.calib, "samples": settings.pop("samples"), "seqlen": settings.pop("seqlen")}
     settings["calibration"] = CalibrationConfig().replaced(calibration | {"seed": args.seed})
     return settings | {"ppl": tuple(args.ppl), "preprocessed": args.preprocessed}
+
+
+def preprocess_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of PreprocessConfig: --set under the options of their own. Raises InputError."""
+    options = {name: getattr(args, name) for name in ("steps", "rank", "lr", "seqlen", "seed")}
+    options["targets"] = None if args.target is None else tuple(args.target)
+    values = dict(args.set) | {key: value for key, value in options.items() if value is not None}
+    PreprocessConfig().replaced(values)
+    return values
 
 
 def quantize_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ptq161
-from ptq161.arguments import compare_settings, parse, quantize_settings
+from ptq161.arguments import compare_settings, parse, preprocess_settings, quantize_settings
 from ptq161.config import Head, QuantConfig
 from ptq161.errors import InputError, Ptq161Error
 
@@ -29,6 +29,14 @@ if TYPE_CHECKING:
     from ptq161.generation import Sampling
 
 
+# What an interruption leaves, by command.
+KEPT = {
+    "quantize": "; finished blocks are kept, the same command continues",
+    "compare": "; finished rows are kept, the same command continues",
+    "preprocess": "; what was done is kept (training: up to its last checkpoint), the same command continues",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; on failure the last line on stderr says why."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -38,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        what = {"quantize": "blocks", "compare": "rows"}.get(arguments[0] if arguments else "")
-        kept = f"; finished {what} are kept, the same command continues" if what else ""
+        kept = "".join(KEPT.get(command, "") for command in arguments[:1])
         return _fail(f"interrupted{kept}", 130)
     except Ptq161Error as error:
         _debug(arguments)
@@ -81,9 +88,36 @@ def _quantize(args: Namespace) -> int:
     return _print(args, result, lambda c: tables.show_quantized(c, result, source, [] if args.quiet else hints))
 
 
+def _preprocess(args: Namespace) -> int:
+    keywords = preprocess_settings(args)
+    _require("preprocess", "peft")
+    if args.maps is not None:
+        _require("report", "matplotlib")
+        if not args.maps.absolute().parent.is_dir():
+            raise InputError(f"--maps {args.maps}: its folder does not exist; make it, or choose another file")
+    from ptq161 import meters, tables, terminal
+    from ptq161.preprocess import preprocess
+
+    names = ("text", "quantized", "preset", "calib", "ppl", "ppl_seqlen", "max_windows")
+    keywords |= {name: getattr(args, name) for name in (*names, "device", "dtype", "overwrite", "restart")}
+    with terminal.quiet_libraries(debug=args.debug):
+        meter = meters.QuantizeMeter(quiet=args.quiet)
+        with meter:
+            meter.line(f"reading {args.model} and the text")
+            result = preprocess(args.model, args.out, on_progress=meter, **keywords)
+    if args.maps is not None:
+        from ptq161.report.maps import maps_figure
+
+        maps_figure(result["maps"]).savefig(args.maps, dpi=150)
+    hint = None if args.quiet else f"ptq161 quantize {shlex.quote(args.out)} OUT"
+    return _print(args, result, lambda out: tables.show_preprocessed(out, result, hint))
+
+
 def _eval(args: Namespace) -> int:
     if args.out is not None and not args.out.absolute().parent.is_dir():
         raise InputError(f"--out {args.out}: its folder does not exist; make it, or choose another file")
+    if not args.ppl and not args.tasks:
+        raise InputError("eval needs something to measure: --ppl SOURCE, --tasks NAMES, or both")
     began = time.monotonic()
     from ptq161 import data, machine, meters, tables, terminal
     from ptq161.evaluate.perplexity import perplexity
@@ -93,6 +127,7 @@ def _eval(args: Namespace) -> int:
     with terminal.quiet_libraries(debug=args.debug):
         for source in args.ppl:
             data.parse_source(source)
+        measure_tasks = _tasks(args)
         record = _recorded(Path(args.path)) if is_packed(args.path) else ({}, {})
         model, tokenizer = _open(args)
         if args.bos and tokenizer.bos_token_id is None:
@@ -101,17 +136,18 @@ def _eval(args: Namespace) -> int:
         texts = {source: data.evaluation_tokens(source, tokenizer) for source in args.ppl}
         measured = {}
         for source, tokens in texts.items():
-            meter = meters.EvaluationMeter(source, quiet=args.quiet)
+            meter = meters.EvaluationMeter(source, "window", quiet=args.quiet)
             with meter:
                 measured[source] = perplexity(
                     model, tokens, args.seqlen, bos=bos, max_windows=args.max_windows, on_window=meter
                 )
+        tasks = None if measure_tasks is None else measure_tasks(model, tokenizer)
         sizes = inspect(args.path) if is_packed(args.path) else None
     result = {
         "model": args.path,
         "bits_per_weight": None if sizes is None else sizes["bits_per_weight"],
-        "perplexity": measured,
-        "tasks": None,
+        "perplexity": measured or None,
+        "tasks": tasks,
         "seconds": time.monotonic() - began,
         "peak_rss_bytes": machine.peak_rss_bytes(),
     }
@@ -165,6 +201,26 @@ def _report(args: Namespace) -> int:
         )
         result = writing.write_report(results, args.path)
     return _print(args, result, lambda out: out.print(f"open {result['page']}"))
+
+
+def _tasks(args: Namespace) -> "Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, Any]] | None":
+    """What measures the tasks, their data read already so that a bad file is refused before a model is opened."""
+    if not args.tasks:
+        return None
+    _require("tasks", "lm_eval")
+    from ptq161 import meters
+    from ptq161.evaluate import tasks
+
+    settings = tasks.TaskSettings(limit=args.limit, shots=args.shots, seed=args.seed, bos=args.bos)
+    loaded = tasks.load_tasks(args.tasks, args.task_data, settings)
+
+    def measure(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+        meter = meters.EvaluationMeter("tasks", "request", quiet=args.quiet)
+        with meter:
+            results = tasks.evaluate_tasks(model, tokenizer, loaded, settings, on_request=meter)
+        return {result.task: result.row() for result in results}
+
+    return measure
 
 
 def _inspect(args: Namespace) -> int:
@@ -251,7 +307,8 @@ def _bench(args: Namespace) -> int:
     with terminal.quiet_libraries(debug=args.debug):
         if args.shape is not None:
             tokens = args.tokens or [1, 128]
-            result = speed.bench_shape(*args.shape, tokens=tokens, rounds=args.rounds or 40, format=args.format)
+            rounds = args.rounds or 40
+            result = speed.bench_shape(*args.shape, tokens=tokens, rounds=rounds, format=args.format, hot=args.hot)
             return _print(args, result, lambda out: tables.show_shape_speed(out, result))
         dense = {"both": ["float32", "bfloat16"], "none": []}.get(args.dense, [args.dense])
         result = model_speed.bench_model(
@@ -266,6 +323,7 @@ def _bench(args: Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "quantize": _quantize,
+    "preprocess": _preprocess,
     "eval": _eval,
     "compare": _compare,
     "report": _report,

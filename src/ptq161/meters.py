@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from ptq161.walk import Progress
 
 
+# Phases that go by steps of the whole model, and what their loss is.
+LEARNED = {"distill": "divergence", "restore": "loss"}
+
+
 class _Meter:
     """A bar on stderr where that is a terminal, plain lines where it is not, nothing when quiet."""
 
@@ -45,12 +49,13 @@ class QuantizeMeter(_Meter):
     """Takes the pipeline's progress reports: block, phase, loss, time left, memory."""
 
     began_at: int | None = None
+    learned_from: tuple[str, int] | None = None  # phase and step that the present phase began with
     tenths = 0
 
     def __call__(self, progress: "Progress") -> None:
-        """Show one report; without a terminal, a line for each finished block and each tenth of the distillation."""
-        if progress.phase == "distill":
-            return self._distill(progress)
+        """Show one report; without a terminal, a line for each finished block and each tenth of other learning."""
+        if progress.phase in LEARNED:
+            return self._learned(progress, LEARNED[progress.phase])
         if progress.phase == "measure":
             text = f"measuring what widths are worth {progress.step}/{progress.steps}"
             return self.show(text, progress.step / progress.steps, duration(progress.seconds))
@@ -67,30 +72,36 @@ class QuantizeMeter(_Meter):
         if finished:
             self.line(f"{block}  {duration(progress.seconds)}  {figures}")
 
-    def _distill(self, progress: "Progress") -> None:
+    def _learned(self, progress: "Progress", measure: str) -> None:
         done, total = progress.step, progress.steps
-        left = duration(progress.seconds / done * (total - done))
-        figures = f"divergence {progress.loss:.4g}  {left} left  memory {size(peak_rss_bytes())}"
-        self.show(f"distill {done}/{total}", done / total, figures)
+        if self.learned_from is None or self.learned_from[0] != progress.phase:
+            self.learned_from, self.tenths = (progress.phase, done), done * 10 // total
+        steps = done - self.learned_from[1] + 1  # of this run, which may continue another
+        left = duration(progress.seconds / steps * (total - done))
+        figures = f"{measure} {progress.loss:.4g}  {left} left  memory {size(peak_rss_bytes())}"
+        self.show(f"{progress.phase} {done}/{total}", done / total, figures)
         if done * 10 // total > self.tenths:
             self.tenths = done * 10 // total
-            self.line(f"distill {done}/{total}  {duration(progress.seconds)}  {figures}")
+            self.line(f"{progress.phase} {done}/{total}  {duration(progress.seconds)}  {figures}")
 
 
 class EvaluationMeter(_Meter):
-    """Takes windows done of one evaluation text; without a terminal, a line for about every tenth."""
+    """Takes how much of one evaluation is done, in some unit; without a terminal, a line for about every tenth."""
 
-    def __init__(self, name: str, *, quiet: bool) -> None:
+    def __init__(self, name: str, unit: str, *, quiet: bool) -> None:
         super().__init__(quiet=quiet)
         self.name = name
+        self.unit = unit
         self.tenths = 0
 
     def __call__(self, done: int, total: int) -> None:
-        """Show that `done` of `total` windows are evaluated."""
-        self.show(self.name, done / total, f"window {done}/{total}")
+        """Show that `done` of `total` units are evaluated; after the last one, another count may begin."""
+        self.show(self.name, done / total, f"{self.unit} {done}/{total}")
+        if done == 1:
+            self.tenths = 0
         if done * 10 // total > self.tenths:
             self.tenths = done * 10 // total
-            self.line(f"{self.name}: window {done}/{total}")
+            self.line(f"{self.name}: {self.unit} {done}/{total}")
 
 
 class CompareMeter(_Meter):

@@ -91,10 +91,40 @@ def show_plan(out: Console, result: Mapping[str, Any]) -> None:
     out.print(figures_table(rows))
 
 
+STAGES = {
+    "original": "original",
+    "quantized": "original, quantized",
+    "preprocessed": "preprocessed",
+    "preprocessed_quantized": "preprocessed, quantized",
+}
+
+
+def show_preprocessed(out: Console, result: Mapping[str, Any], model_command: str | None) -> None:
+    """The summary after `preprocess`."""
+    losses, spread = result["losses"], result["concentration"]
+    rows = {
+        "linears with an adapter": str(result["targets"]),
+        "tokens learned from": f"{result['tokens']:,} ({result['distinct_tokens']:,} different)",
+        "loss, first and last tenth": f"{losses[0]:.4f}, {losses[-1]:.4f}",
+        "time": duration(result["seconds"]),
+        "peak memory": size(result["peak_rss_bytes"]),
+    }
+    for stage in spread:
+        rows[f"salient weights in a tenth of the channels, {STAGES[stage]}"] = f"{spread[stage]:.1%}"
+    out.print(figures_table(rows))
+    if result["perplexity"]:
+        table = numbers_table("perplexity of", *STAGES.values())
+        for source, found in result["perplexity"].items():
+            table.add_row(source, *(optional(found[stage]["ppl"]) for stage in STAGES))
+        out.print(table)
+    if model_command is not None:
+        out.print(f"next: {model_command}")
+
+
 def show_evaluated(out: Console, result: Mapping[str, Any]) -> None:
-    """Perplexities, one row per text."""
+    """Perplexities, one row per text; metrics of tasks, one row each."""
     table = numbers_table("text", "perplexity", "tokens", "windows", "of length", "BOS")
-    for source, entry in result["perplexity"].items():
+    for source, entry in (result["perplexity"] or {}).items():
         counts = (
             f"{entry['tokens']:,}",
             str(entry["windows"]),
@@ -102,7 +132,10 @@ def show_evaluated(out: Console, result: Mapping[str, Any]) -> None:
             "no" if entry["bos"] is None else "yes",
         )
         table.add_row(source, optional(entry["ppl"]), *counts)
-    out.print(table)
+    if result["perplexity"]:
+        out.print(table)
+    if result["tasks"]:
+        _show_tasks(out, result["tasks"])
     bits = "dense" if result["bits_per_weight"] is None else f"{result['bits_per_weight']:.4f} bits per weight"
     out.print(f"{result['model']}: {bits}, {duration(result['seconds'])}, {size(result['peak_rss_bytes'])} of memory")
 
@@ -126,6 +159,15 @@ def show_compared(out: Console, result: Mapping[str, Any]) -> None:
         if row["status"] != "ok":
             out.print(f"{row['method']} {row['status']}: {row['reason']}")
     out.print(f"next: ptq161 report {result['out']}")
+
+
+def _show_tasks(out: Console, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    table = numbers_table("task", "metric", "value", "standard error", "items", "examples", "BOS")
+    for name, entry in tasks.items():
+        settings = (str(entry["n"]), str(entry["shots"]), "yes" if entry["bos"] else "no")
+        for metric in (key for key in entry if f"{key}_stderr" in entry):
+            table.add_row(name, metric, optional(entry[metric]), optional(entry[f"{metric}_stderr"]), *settings)
+    out.print(table)
 
 
 def show_inspected(out: Console, path: str, result: Mapping[str, Any]) -> None:
@@ -188,7 +230,8 @@ def show_shape_speed(out: Console, result: Mapping[str, Any]) -> None:
             optional(row["gflop_s"], ".0f"),
         )
         table.add_row(row["weights"], str(row["tokens"]), *times, *rates)
-    out.print(f"{rows} x {cols}, {result['format']} format, {_where(result)}, weights cold")
+    weights = "cold" if result["cold_bytes"] else "hot"
+    out.print(f"{rows} x {cols}, {result['format']} format, {_where(result)}, weights {weights}")
     out.print(table)
     _show_speedup(out, result)
 
