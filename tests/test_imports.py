@@ -78,7 +78,8 @@ ALLOWED = {
     "pipeline": "ranks blockwise walk tuning preflight records methods dense space checkpoint hf vocabulary "
     "inspection sources data layout config machine",
     "contenders": "pipeline baselines methods inspection hf dense folder config",
-    "compare": "contenders evaluate records checkpoint sources data config machine",
+    "ground": "contenders records checkpoint sources data config",
+    "compare": "ground contenders evaluate checkpoint data machine",
     "report": "",
     "shapes": "inspection allocation discovery methods config",
     "arguments": "config",
