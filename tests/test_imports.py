@@ -34,6 +34,8 @@ ALLOWED = {
     "walk": "methods fit latent sensitivity allocation dense discovery blocks space budget layout packing binarize "
     "config",
     "baselines": "methods dense discovery blocks space",
+    "gguf_export": "",
+    "llamacpp": "gguf_export blocks discovery config",
     "student": "fit latent config",
     "distill": "student fit config",
     # running packed models
