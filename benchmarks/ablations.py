@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ptq161.binarize import reconstruct
+from ptq161.binarize import QuantizedWeight, reconstruct
 from ptq161.config import CalibrationConfig, QuantConfig
 from ptq161.data import calibration_tokens, evaluation_tokens
 from ptq161.dense import DenseModel
@@ -46,16 +46,23 @@ VARIANTS: dict[str, dict[str, object]] = {
 }
 
 
-def install(model: torch.nn.Module, layout: ModelLayout, block: QuantizedBlock) -> None:
-    """Put one block's stored weights into the model."""
-    prefix = block.prefix + "."
+def stored_weights(layout: ModelLayout, block: QuantizedBlock) -> dict[str, QuantizedWeight]:
+    """One block's linears by full name, as a file would hold them."""
+    weights = {}
     for name, spec in layout.linears.items():
-        if name.startswith(prefix):
+        if name.startswith(f"{block.prefix}."):
             own = {tensor: block.packed[f"{name}.{tensor}"] for tensor in spec.specs()}
             if spec.columns_from is not None:
                 own[COLUMN_TYPES] = block.packed[f"{spec.columns_from}.{COLUMN_TYPES}"]
-            linear = model.get_submodule(name)
-            linear.weight.data = reconstruct(unpack(PackedWeight(spec.layout, own))).to(linear.weight.dtype)
+            weights[name] = unpack(PackedWeight(spec.layout, own))
+    return weights
+
+
+def install(model: torch.nn.Module, layout: ModelLayout, block: QuantizedBlock) -> None:
+    """Put one block's stored weights into the model."""
+    for name, weight in stored_weights(layout, block).items():
+        linear = model.get_submodule(name)
+        linear.weight.data = reconstruct(weight).to(linear.weight.dtype)
 
 
 def main() -> None:

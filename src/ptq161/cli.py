@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ptq161
-from ptq161.arguments import parse, quantize_settings
+from ptq161.arguments import compare_settings, parse, preprocess_settings, quantize_settings
 from ptq161.config import Head, QuantConfig
 from ptq161.errors import InputError, Ptq161Error
 
@@ -29,6 +29,14 @@ if TYPE_CHECKING:
     from ptq161.generation import Sampling
 
 
+# What an interruption leaves, by command.
+KEPT = {
+    "quantize": "; finished blocks are kept, the same command continues",
+    "compare": "; finished rows are kept, the same command continues",
+    "preprocess": "; what was done is kept (training: up to its last checkpoint), the same command continues",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; on failure the last line on stderr says why."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -38,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        kept = "; finished blocks are kept, the same command continues" if "quantize" in arguments[:1] else ""
+        kept = "".join(KEPT.get(command, "") for command in arguments[:1])
         return _fail(f"interrupted{kept}", 130)
     except Ptq161Error as error:
         _debug(arguments)
@@ -78,6 +86,31 @@ def _quantize(args: Namespace) -> int:
     hints = [f"ptq161 eval {out} --ppl FILE", f"ptq161 generate {out} --prompt TEXT"]
     source = _weight_bytes(args.model)
     return _print(args, result, lambda c: tables.show_quantized(c, result, source, [] if args.quiet else hints))
+
+
+def _preprocess(args: Namespace) -> int:
+    keywords = preprocess_settings(args)
+    _require("preprocess", "peft")
+    if args.maps is not None:
+        _require("report", "matplotlib")
+        if not args.maps.absolute().parent.is_dir():
+            raise InputError(f"--maps {args.maps}: its folder does not exist; make it, or choose another file")
+    from ptq161 import meters, tables, terminal
+    from ptq161.preprocess import preprocess
+
+    names = ("text", "quantized", "preset", "calib", "ppl", "ppl_seqlen", "max_windows")
+    keywords |= {name: getattr(args, name) for name in (*names, "device", "dtype", "overwrite", "restart")}
+    with terminal.quiet_libraries(debug=args.debug):
+        meter = meters.QuantizeMeter(quiet=args.quiet)
+        with meter:
+            meter.line(f"reading {args.model} and the text")
+            result = preprocess(args.model, args.out, on_progress=meter, **keywords)
+    if args.maps is not None:
+        from ptq161.report.maps import maps_figure
+
+        maps_figure(result["maps"]).savefig(args.maps, dpi=150)
+    hint = None if args.quiet else f"ptq161 quantize {shlex.quote(args.out)} OUT"
+    return _print(args, result, lambda out: tables.show_preprocessed(out, result, hint))
 
 
 def _eval(args: Namespace) -> int:
@@ -121,6 +154,53 @@ def _eval(args: Namespace) -> int:
     if args.out is not None:
         _append_row(args, result, sizes, record)
     return _print(args, result, lambda out: tables.show_evaluated(out, result))
+
+
+def _compare(args: Namespace) -> int:
+    settings = compare_settings(args)
+    import torch
+
+    from ptq161 import compare, machine, meters, tables, terminal
+
+    device = machine.pick_device(args.device)
+    fast = torch.bfloat16 if machine.multiplies_bfloat16(device) else torch.float32
+    meter = meters.CompareMeter(quiet=args.quiet)
+    with terminal.quiet_libraries(debug=args.debug), meter:
+        meter.line(f"reading {args.model} and the texts")
+        result = compare.compare(
+            args.model,
+            args.out,
+            compare.Settings(**settings, device=device, dtype=_dtype(args) or fast),
+            command=shlex.join(["ptq161", *args.arguments]),
+            restart=args.restart,
+            on_step=meter,
+        )
+    return _print(args, result, lambda out: tables.show_compared(out, result))
+
+
+def _report(args: Namespace) -> int:
+    _require("report", "matplotlib")
+    from ptq161 import shapes, terminal
+    from ptq161.compare import CHANNELS, MODELS, RESULTS
+    from ptq161.evaluate.channels import width_map
+    from ptq161.hf import is_packed
+    from ptq161.report import comparison, writing
+
+    rows = comparison.read_rows(args.path / RESULTS, comparison.RESULT_COLUMNS)
+    ablations = {str(file): comparison.read_rows(file, comparison.ABLATION_COLUMNS) for file in args.ablations}
+    channels = args.path / CHANNELS
+    folders = [folder for folder in sorted((args.path / MODELS / "original").glob("*")) if is_packed(folder)]
+    with terminal.quiet_libraries(debug=args.debug):
+        results = comparison.arranged(
+            rows,
+            args.path / RESULTS,
+            ablations=ablations,
+            channels=json.loads(channels.read_text()) if channels.exists() else [],
+            maps={folder.name: width_map(folder) for folder in folders},
+            memory=shapes.memory_table(),
+        )
+        result = writing.write_report(results, args.path)
+    return _print(args, result, lambda out: out.print(f"open {result['page']}"))
 
 
 def _tasks(args: Namespace) -> "Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, Any]] | None":
@@ -227,7 +307,8 @@ def _bench(args: Namespace) -> int:
     with terminal.quiet_libraries(debug=args.debug):
         if args.shape is not None:
             tokens = args.tokens or [1, 128]
-            result = speed.bench_shape(*args.shape, tokens=tokens, rounds=args.rounds or 40, format=args.format)
+            rounds = args.rounds or 40
+            result = speed.bench_shape(*args.shape, tokens=tokens, rounds=rounds, format=args.format, hot=args.hot)
             return _print(args, result, lambda out: tables.show_shape_speed(out, result))
         dense = {"both": ["float32", "bfloat16"], "none": []}.get(args.dense, [args.dense])
         result = model_speed.bench_model(
@@ -242,7 +323,10 @@ def _bench(args: Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "quantize": _quantize,
+    "preprocess": _preprocess,
     "eval": _eval,
+    "compare": _compare,
+    "report": _report,
     "inspect": _inspect,
     "verify": _verify,
     "generate": _generate,

@@ -69,6 +69,20 @@ class Compute(enum.StrEnum):
     FLOAT32 = "float32"
 
 
+class Start(enum.StrEnum):
+    """The weights that the restorative adapters are added to."""
+
+    QUANTIZED = "quantized"  # the once-quantized model's, dequantized (section 3.4)
+    ORIGINAL = "original"  # the model's own: the control, or what is trained through the grid
+
+
+class Loss(enum.StrEnum):
+    """What the restorative adapters learn from."""
+
+    TEXT = "text"  # the next token of the text (section 3.4)
+    LOGITS = "logits"  # the original model's next-token distributions on the text
+
+
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)
@@ -90,13 +104,17 @@ class _Settings:
 
         Raises InputError for an unknown key (naming the nearest) or a value that does not fit the field.
         """
-        fields = typing.get_type_hints(type(self))
-        converted = {}
-        for key, value in values.items():
-            if key not in fields:
-                raise InputError(unknown("setting", key, fields))
-            converted[key] = _convert(key, value, fields[key])
-        return dataclasses.replace(self, **converted)  # type: ignore[type-var]
+        return dataclasses.replace(self, **converted(type(self), values))  # type: ignore[type-var]
+
+
+def converted(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Text or TOML scalars as values of the fields of a dataclass. Raises InputError (see `_Settings.replaced`)."""
+    hints = typing.get_type_hints(kind)
+    fields = [field.name for field in dataclasses.fields(kind)]
+    for key in values:
+        if key not in fields:
+            raise InputError(unknown("setting", key, fields))
+    return {key: _convert(key, value, hints[key]) for key, value in values.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +190,35 @@ class CalibrationConfig(_Settings):
         _check(len(self.sources) > 0, "no calibration source: name one with --calib FILE|wikitext2|c4|redpajama|self")
         _check(self.samples >= 1, f"samples={self.samples} is out of range: expected 1 or more")
         _check(self.seqlen >= 2, f"seqlen={self.seqlen} is out of range: expected 2 or more")
+        _check_seed(self.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreprocessConfig(_Settings):
+    """Every number of the restorative LoRA (section 3.4). Defaults are the paper's, or its published code's."""
+
+    steps: int = 20_000
+    rank: int = 64
+    alpha: int = 16  # an adapter's product is scaled by alpha / rank
+    dropout: float = 0.1  # of what enters an adapter; not with through=true
+    targets: tuple[str, ...] = ()  # last names of the linears that get one; none: all but the end of attention
+    lr: float = 1e-4  # at the start of the cosine schedule, which ends at zero
+    batch_size: int = 1  # samples of one pass
+    accumulation: int = 2  # passes of one step
+    seqlen: int = 1024  # tokens of a sample; not documented
+    start: Start = Start.QUANTIZED
+    loss: Loss = Loss.TEXT
+    through: bool = False  # forward through the grid of the once-quantized model, backward straight through
+    compute: Compute = Compute.AUTO
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "rank", "alpha", "batch_size", "accumulation"):
+            value = getattr(self, name)
+            _check(value >= 1, f"{name}={value} is out of range: expected 1 or more")
+        _check(self.seqlen >= 2, f"seqlen={self.seqlen} is out of range: expected 2 or more")
+        _check(math.isfinite(self.lr) and self.lr > 0, f"lr={self.lr} is out of range: expected more than 0")
+        _check(0 <= self.dropout < 1, f"dropout={self.dropout} is out of range: expected 0 to less than 1")
         _check_seed(self.seed)
 
 

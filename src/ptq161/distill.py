@@ -118,6 +118,13 @@ def divergence(model: PreTrainedModel, student: Student, tokens: Int64[Tensor, "
         with torch.no_grad():
             wanted = model(tokens, use_cache=False).logits
         actual = student.logits(model, tokens)
+    return logits_divergence(actual, wanted)
+
+
+def logits_divergence(
+    actual: Float[Tensor, "batch seq vocab"], wanted: Float[Tensor, "batch seq vocab"]
+) -> Float[Tensor, ""]:
+    """Mean KL(wanted || actual) over the positions, in nats, of the distributions that logits stand for."""
     result: Tensor = _Divergence.apply(actual.flatten(0, 1), wanted.flatten(0, 1))  # type: ignore[no-untyped-call]
     return result
 

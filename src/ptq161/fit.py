@@ -133,7 +133,7 @@ def fit_latents(
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     device = next(iter(latents.values())).latent.device
-    dtype = torch.bfloat16 if _use_bfloat16(config.compute, device) else torch.float32
+    dtype = torch.bfloat16 if use_bfloat16(config.compute, device) else torch.float32
 
     def schedule(step: int, steps: int, loss: float) -> None:
         share = max(LAST_RATE, 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -171,7 +171,7 @@ def _learn(
     `factors`: linear -> what is learned of it, to name the culprit of a loss that is not finite.
     """
     device = next(iter(factors.values()))[0].device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=_use_bfloat16(config.compute, device))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(config.compute, device))
     samples = len(task.quantized_in)
     steps = config.epochs * -(-samples // config.batch_size)
     step = 0
@@ -226,7 +226,8 @@ def _result(learned: tuple[ColumnGroup, ...], weight: QuantizedWeight) -> Iterat
         yield replace(original, **detached)
 
 
-def _use_bfloat16(compute: Compute, device: torch.device) -> bool:
+def use_bfloat16(compute: Compute, device: torch.device) -> bool:
+    """Whether matrix products of learning steps run in bfloat16."""
     if compute is Compute.AUTO:
         return multiplies_bfloat16(device)
     return compute is Compute.BFLOAT16

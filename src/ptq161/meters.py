@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from ptq161.walk import Progress
 
 
+# Phases that go by steps of the whole model, and what their loss is.
+LEARNED = {"distill": "divergence", "restore": "loss"}
+
+
 class _Meter:
     """A bar on stderr where that is a terminal, plain lines where it is not, nothing when quiet."""
 
@@ -45,12 +49,13 @@ class QuantizeMeter(_Meter):
     """Takes the pipeline's progress reports: block, phase, loss, time left, memory."""
 
     began_at: int | None = None
+    learned_from: tuple[str, int] | None = None  # phase and step that the present phase began with
     tenths = 0
 
     def __call__(self, progress: "Progress") -> None:
-        """Show one report; without a terminal, a line for each finished block and each tenth of the distillation."""
-        if progress.phase == "distill":
-            return self._distill(progress)
+        """Show one report; without a terminal, a line for each finished block and each tenth of other learning."""
+        if progress.phase in LEARNED:
+            return self._learned(progress, LEARNED[progress.phase])
         if progress.phase == "measure":
             text = f"measuring what widths are worth {progress.step}/{progress.steps}"
             return self.show(text, progress.step / progress.steps, duration(progress.seconds))
@@ -67,14 +72,17 @@ class QuantizeMeter(_Meter):
         if finished:
             self.line(f"{block}  {duration(progress.seconds)}  {figures}")
 
-    def _distill(self, progress: "Progress") -> None:
+    def _learned(self, progress: "Progress", measure: str) -> None:
         done, total = progress.step, progress.steps
-        left = duration(progress.seconds / done * (total - done))
-        figures = f"divergence {progress.loss:.4g}  {left} left  memory {size(peak_rss_bytes())}"
-        self.show(f"distill {done}/{total}", done / total, figures)
+        if self.learned_from is None or self.learned_from[0] != progress.phase:
+            self.learned_from, self.tenths = (progress.phase, done), done * 10 // total
+        steps = done - self.learned_from[1] + 1  # of this run, which may continue another
+        left = duration(progress.seconds / steps * (total - done))
+        figures = f"{measure} {progress.loss:.4g}  {left} left  memory {size(peak_rss_bytes())}"
+        self.show(f"{progress.phase} {done}/{total}", done / total, figures)
         if done * 10 // total > self.tenths:
             self.tenths = done * 10 // total
-            self.line(f"distill {done}/{total}  {duration(progress.seconds)}  {figures}")
+            self.line(f"{progress.phase} {done}/{total}  {duration(progress.seconds)}  {figures}")
 
 
 class EvaluationMeter(_Meter):
@@ -94,3 +102,16 @@ class EvaluationMeter(_Meter):
         if done * 10 // total > self.tenths:
             self.tenths = done * 10 // total
             self.line(f"{self.name}: {self.unit} {done}/{total}")
+
+
+class CompareMeter(_Meter):
+    """Takes what a comparison is doing; without a terminal, a line when a row begins and when its evaluation does."""
+
+    last = ("", "")
+
+    def __call__(self, row: str, what: str, done: int, total: int) -> None:
+        """Show that of `row`, `done` of `total` steps of `what` are behind it."""
+        self.show(f"{row}: {what} {done}/{total}", done / total, f"memory {size(peak_rss_bytes())}")
+        if (row, what) != self.last:
+            self.last = (row, what)
+            self.line(f"{row}: {what}")
