@@ -35,6 +35,8 @@ ALLOWED = {
     "walk": "ranks methods fit latent sensitivity allocation dense discovery blocks space budget layout packing "
     "binarize config",
     "baselines": "methods dense discovery blocks space",
+    "gguf_export": "",
+    "llamacpp": "gguf_export blocks discovery config",
     "student": "fit latent config",
     "distill": "ranks student fit config",
     # running packed models
