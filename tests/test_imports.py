@@ -35,6 +35,8 @@ ALLOWED = {
     "walk": "ranks methods fit latent sensitivity allocation dense discovery blocks space budget layout packing "
     "binarize config",
     "baselines": "methods dense discovery blocks space",
+    "gguf_export": "",
+    "llamacpp": "gguf_export blocks discovery config",
     "student": "fit latent config",
     "distill": "ranks student fit config",
     # running packed models
@@ -78,7 +80,8 @@ ALLOWED = {
     "pipeline": "ranks blockwise walk tuning preflight records methods dense space checkpoint hf vocabulary "
     "inspection sources data layout config machine",
     "contenders": "pipeline baselines methods inspection hf dense folder config",
-    "compare": "contenders evaluate records checkpoint sources data config machine",
+    "ground": "contenders records checkpoint sources data config",
+    "compare": "ground contenders evaluate checkpoint data machine",
     "report": "",
     "shapes": "inspection allocation discovery methods config",
     "arguments": "config",

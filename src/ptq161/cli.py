@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ptq161.compare import MeasureTasks
     from ptq161.generation import Sampling
 
 
@@ -157,7 +158,11 @@ def _eval(args: Namespace) -> int:
                 measured[source] = perplexity(
                     model, tokens, args.seqlen, bos=bos, max_windows=args.max_windows, on_window=meter
                 )
-        tasks = None if measure_tasks is None else ranks.from_first(lambda: measure_tasks(model, tokenizer))
+        tasks = None
+        if measure_tasks is not None:
+            meter = meters.EvaluationMeter("tasks", "request", quiet=args.quiet or not ranks.first())
+            with meter:
+                tasks = ranks.from_first(lambda: measure_tasks(model, tokenizer, meter))
         sizes = inspect(args.path) if is_packed(args.path) else None
     result = {
         "model": args.path,
@@ -176,7 +181,7 @@ def _compare(args: Namespace) -> int:
     settings = compare_settings(args)
     import torch
 
-    from ptq161 import compare, machine, meters, tables, terminal
+    from ptq161 import compare, ground, machine, meters, tables, terminal
 
     device = machine.pick_device(args.device)
     fast = torch.bfloat16 if machine.multiplies_bfloat16(device) else torch.float32
@@ -186,7 +191,8 @@ def _compare(args: Namespace) -> int:
         result = compare.compare(
             args.model,
             args.out,
-            compare.Settings(**settings, device=device, dtype=_dtype(args) or fast),
+            ground.Settings(**settings, device=device, dtype=_dtype(args) or fast),
+            measure_tasks=_tasks(args),
             command=shlex.join(["ptq161", *args.arguments]),
             restart=args.restart,
             on_step=meter,
@@ -197,8 +203,8 @@ def _compare(args: Namespace) -> int:
 def _report(args: Namespace) -> int:
     _require("report", "matplotlib")
     from ptq161 import shapes, terminal
-    from ptq161.compare import CHANNELS, MODELS, RESULTS
     from ptq161.evaluate.channels import width_map
+    from ptq161.ground import CHANNELS, MODELS, RESULTS
     from ptq161.hf import is_packed
     from ptq161.report import comparison, writing
 
@@ -219,21 +225,20 @@ def _report(args: Namespace) -> int:
     return _print(args, result, lambda out: out.print(f"open {result['page']}"))
 
 
-def _tasks(args: Namespace) -> "Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, Any]] | None":
+def _tasks(args: Namespace) -> "MeasureTasks | None":
     """What measures the tasks, their data read already so that a bad file is refused before a model is opened."""
     if not args.tasks:
         return None
     _require("tasks", "lm_eval")
-    from ptq161 import meters
     from ptq161.evaluate import tasks
 
     settings = tasks.TaskSettings(limit=args.limit, shots=args.shots, seed=args.seed, bos=args.bos)
     loaded = tasks.load_tasks(args.tasks, args.task_data, settings)
 
-    def measure(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-        meter = meters.EvaluationMeter("tasks", "request", quiet=args.quiet)
-        with meter:
-            results = tasks.evaluate_tasks(model, tokenizer, loaded, settings, on_request=meter)
+    def measure(
+        model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", on_request: Callable[[int, int], None]
+    ) -> dict[str, Any]:
+        results = tasks.evaluate_tasks(model, tokenizer, loaded, settings, on_request=on_request)
         return {result.task: result.row() for result in results}
 
     return measure
