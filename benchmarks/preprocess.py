@@ -5,12 +5,13 @@
 Every variant starts from the same once-quantized model and sees the same samples in the same order. At the steps of
 `--points` the adapters of the moment are merged and the result is quantized anew, with the settings of the first
 quantization. Rows already in the output file are not computed again; adapters are kept in `--work`, so that a stopped
-run continues. Whatever is evaluated computes in bfloat16.
+run continues. Whatever is evaluated computes in bfloat16. `--table ROWS.jsonl` prints a file of rows.
 """
 
 import argparse
 import copy
 import json
+import sys
 import time
 from dataclasses import asdict
 from functools import cached_property
@@ -159,8 +160,27 @@ def run_variant(bench: Bench, variant: str) -> None:
     run.train(samples, arguments.work / variant, on_step)
 
 
+def table(path: Path) -> None:
+    """Print the rows of a file as Markdown: perplexity, quantized perplexity, concentration; means over seeds."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    found: dict[tuple[str, str, int], list[dict[str, float]]] = {}
+    for row in rows:
+        found.setdefault((row["arguments"]["preset"], row["variant"], row["step"]), []).append(row)
+    print(
+        "| preset | variant | steps | seeds | perplexity | quantized | lowest, highest | in a tenth of the channels |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for (preset, variant, step), group in found.items():
+        columns = [[row[key] for row in group] for key in ("perplexity", "quantized_perplexity", "concentration")]
+        before, after, spread = (sum(column) / len(column) for column in columns)
+        span = f"{min(columns[1]):.1f}, {max(columns[1]):.1f}" if len(group) > 1 else "-"
+        print(f"| {preset} | {variant} | {step} | {len(group)} | {before:.2f} | {after:.1f} | {span} | {spread:.1%} |")
+
+
 def main() -> None:
-    """Run every variant that has rows missing."""
+    """Run every variant that has rows missing, or print the table of a file with `--table FILE`."""
+    if sys.argv[1:2] == ["--table"]:
+        return table(Path(sys.argv[2]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model")
