@@ -1,6 +1,7 @@
 """Write a packed LLaMA with random weights, in the mixed format: enough to measure speed, memory and loading.
 
     python benchmarks/random_llama.py OUT                      Llama-3.2-1B's shape, about 720 MB
+    python benchmarks/random_llama.py OUT --head int8          embedding and head at 8 bits
     python benchmarks/random_llama.py OUT --dense DENSE_OUT    and its dense weights in bfloat16, about 2.5 GB
 
 Packed tensors are made from random codes, block by block, and written by the package's own saving path: no weight is
@@ -19,6 +20,7 @@ import ptq161
 from ptq161.evaluate.speed import random_layout, random_packed
 from ptq161.layout import ModelLayout, PackedLinearSpec
 from ptq161.saving import save_packed
+from ptq161.vocabulary import pack_vocabulary, vocabulary_specs
 
 # Of meta-llama/Llama-3.2-1B, whose head is tied to the embedding.
 SHAPE = {
@@ -37,13 +39,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--dense", type=Path, help="folder for the dense counterpart")
+    parser.add_argument("--head", choices=("keep", "int8"), default="keep")
     for name, value in SHAPE.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     args = parser.parse_args()
     config = LlamaConfig(
         **{name: getattr(args, name) for name in SHAPE}, tie_word_embeddings=True, max_position_embeddings=131072
     )
-    write_packed(config, args.out)
+    write_packed(config, args.out, int8_head=args.head == "int8")
     print(f"{args.out}: {ptq161.inspect(args.out)['bits_per_weight']:.4f} bits per weight")
     if args.dense is not None:
         model = ptq161.load(args.out, mode="dense")
@@ -51,8 +54,8 @@ def main() -> None:
         model.save_pretrained(args.dense)
 
 
-def write_packed(config: LlamaConfig, out: Path) -> None:
-    """Save a random packed model of this shape; embedding and norms are bfloat16."""
+def write_packed(config: LlamaConfig, out: Path, *, int8_head: bool) -> None:
+    """Save a random packed model of this shape; what is not packed is bfloat16."""
     generator = torch.Generator().manual_seed(0)
     model = _without_linears(config, generator)
     specs, packed = {}, {}
@@ -64,8 +67,11 @@ def write_packed(config: LlamaConfig, out: Path) -> None:
         specs[name] = PackedLinearSpec(layout, f"{parent}.{OWNERS[leaf]}" if leaf in OWNERS else None)
         tensors = random_packed(layout, generator).tensors
         packed |= {f"{name}.{tensor}": tensors[tensor] for tensor in specs[name].specs()}
+    vocabulary = vocabulary_specs(model) if int8_head else {}
+    packed |= pack_vocabulary(model.state_dict(), vocabulary)
     run = {"model": "random weights"}
-    save_packed(out, model, ModelLayout(specs), packed, dtype=torch.bfloat16, run=run, tokenizer=None)
+    layout = ModelLayout(specs, vocabulary)
+    save_packed(out, model, layout, packed, dtype=torch.bfloat16, run=run, tokenizer=None)
 
 
 def _without_linears(config: LlamaConfig, generator: torch.Generator) -> PreTrainedModel:

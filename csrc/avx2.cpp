@@ -9,7 +9,7 @@ namespace {
 constexpr int kWidth = 8;
 }
 
-#include "exact.h"
+#include "dense.h"
 
 namespace ptq161 {
 namespace {
@@ -103,6 +103,6 @@ bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 }  // namespace
 
 extern const Kernel kAvx2;
-const Kernel kAvx2 = {"avx2", supported, gather, multiply<dot_int8, dot_exact>};
+const Kernel kAvx2 = {"avx2", supported, gather, multiply<dot_int8, dot_exact>, dense};
 
 }  // namespace ptq161

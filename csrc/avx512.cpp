@@ -13,7 +13,7 @@ namespace {
 constexpr int kWidth = 16;
 }
 
-#include "exact.h"
+#include "dense.h"
 
 namespace ptq161 {
 namespace {
@@ -143,6 +143,6 @@ bool supported() {
 }  // namespace
 
 extern const Kernel kAvx512;
-const Kernel kAvx512 = {"avx512", supported, gather, multiply<dot_int8, dot_exact>};
+const Kernel kAvx512 = {"avx512", supported, gather, multiply<dot_int8, dot_exact>, dense};
 
 }  // namespace ptq161

@@ -18,6 +18,8 @@ using namespace ptq161;
 
 namespace {
 
+constexpr int64_t kMostTokens = int64_t(1) << 32, kMostRows = int64_t(1) << 28;
+
 using Array = std::tuple<uintptr_t, int64_t>;
 using GroupTuple = std::tuple<int, int64_t, float, float, bool, bool>;
 
@@ -51,10 +53,16 @@ Type type_of(int number) {
     return Type(number);
 }
 
+const Kernel& kernel_named(const std::string& name) {
+    for (const Kernel* kernel : available_kernels()) {
+        if (name == kernel->name) return *kernel;
+    }
+    throw std::invalid_argument("this processor has no kernel " + name);
+}
+
 void call(const Layout& layout, const std::string& name, int64_t tokens, int type, const Array& x, const Array& y,
           const Array& tiles, const Array& order, const Array& col, const Array& bias, int bias_type, bool exact,
           int threads) {
-    constexpr int64_t kMostTokens = int64_t(1) << 32;
     if (tokens < 0 || tokens > kMostTokens) throw std::invalid_argument("tokens out of range");
     if (threads < 1) throw std::invalid_argument("expected at least one thread");
     Product product{};
@@ -71,12 +79,28 @@ void call(const Layout& layout, const std::string& name, int64_t tokens, int typ
         uintptr_t(product.bias) % item_size(product.bias_type) != 0) {
         throw std::invalid_argument("x, y or bias is not aligned to its elements");
     }
-    for (const Kernel* kernel : available_kernels()) {
-        if (name != kernel->name) continue;
-        nb::gil_scoped_release released;
-        return linear(*kernel, product, threads);
+    const Kernel& kernel = kernel_named(name);
+    nb::gil_scoped_release released;
+    linear(kernel, product, threads);
+}
+
+void call_dense(const std::string& name, int64_t tokens, int64_t rows, int64_t cols, int type, const Array& x,
+                const Array& y, const Array& weight, int threads) {
+    if (tokens < 0 || tokens > kMostTokens) throw std::invalid_argument("tokens out of range");
+    if (rows < 1 || rows > kMostRows || cols < 1 || cols > kMostRows) throw std::invalid_argument("rows or cols out of range");
+    if (threads < 1) throw std::invalid_argument("expected at least one thread");
+    DenseProduct product{nullptr, nullptr, nullptr, type_of(type), tokens, rows, cols};
+    if (product.type == Type::kFloat16) throw std::invalid_argument("expected float32 or bfloat16");
+    product.x = checked<uint16_t>("x", x, tokens * cols);
+    product.y = checked<uint16_t>("y", y, tokens * rows);
+    product.weight = checked<uint16_t>("weight", weight, rows * cols);
+    const uintptr_t size = item_size(product.type);
+    if (uintptr_t(product.x) % size != 0 || uintptr_t(product.y) % size != 0 || uintptr_t(product.weight) % size != 0) {
+        throw std::invalid_argument("x, y or weight is not aligned to its elements");
     }
-    throw std::invalid_argument("this processor has no kernel " + name);
+    const Kernel& kernel = kernel_named(name);
+    nb::gil_scoped_release released;
+    dense(kernel, product, threads);
 }
 
 // Codes of a group into tiles or back, once the sizes are known to fit.
@@ -111,6 +135,7 @@ NB_MODULE(_native, module) {
         return names;
     });
     module.def("linear", &call);
+    module.def("dense", &call_dense);
     module.def("codes_to_tiles", &move_codes<true>);
     module.def("codes_from_tiles", &move_codes<false>);
     module.def("read_memory", [](const Array& array, int threads) {

@@ -131,6 +131,17 @@ void linear(const Kernel& kernel, const Product& p, int threads) {
     require(sound, "the column order names an input channel that does not exist");
 }
 
+void dense(const Kernel& kernel, const DenseProduct& p, int threads) {
+    const int64_t bytes = p.rows * p.cols * (p.type == Type::kFloat32 ? 4 : 2);
+    const int64_t workers = std::max<int64_t>(1, std::min<int64_t>({threads, p.rows, bytes / kBytesPerThread}));
+    const int64_t parts = workers == 1 ? 1 : workers * 8, rows = ceil_div(p.rows, parts);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(int(workers)) if (workers > 1)
+    for (int64_t part = 0; part < parts; ++part) {
+        const int64_t first = std::min(part * rows, p.rows), last = std::min(first + rows, p.rows);
+        if (first < last) kernel.dense(p, first, last);
+    }
+}
+
 uint64_t read_memory(const uint64_t* words, int64_t count, int threads) {
     constexpr int64_t kLine = 8;  // words of a cache line
     uint64_t sum = 0;

@@ -86,6 +86,15 @@ struct Product {
     bool exact;  // activations stay float32
 };
 
+// y (tokens, rows) = x (tokens, cols) @ W.T with a dense weight; all three of `type`, float32 or bfloat16.
+struct DenseProduct {
+    const void* weight;  // [rows][cols]
+    const void* x;       // [tokens][cols]
+    void* y;             // [tokens][rows]
+    Type type;
+    int64_t tokens, rows, cols;
+};
+
 struct Kernel {
     const char* name;
     bool (*supported)();  // by the processor that runs this
@@ -95,6 +104,8 @@ struct Kernel {
                    int64_t slot);
     // Writes y for the tiles [first_tile, last_tile) and all tokens of `in`, which start at `first_token` of x and y.
     void (*multiply)(const Product&, const Activations& in, int64_t first_token, int64_t first_tile, int64_t last_tile);
+    // Writes y for the rows [first_row, last_row). Made for few tokens: every four of them read the weight once.
+    void (*dense)(const DenseProduct&, int64_t first_row, int64_t last_row);
 };
 
 // The kernels that run here, fastest first; the last is always the scalar one.
@@ -102,6 +113,7 @@ const std::vector<const Kernel*>& available_kernels();
 
 // Computes the product with up to `threads` threads. Throws std::invalid_argument if `order` is not sound.
 void linear(const Kernel& kernel, const Product& product, int threads);
+void dense(const Kernel& kernel, const DenseProduct& product, int threads);
 
 // Stored bytes of a row of codes of a group, at `levels` levels (docs/format.md). Throws std::invalid_argument.
 int64_t stored_row_bytes(const Layout& layout, int64_t group, int levels);

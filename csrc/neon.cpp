@@ -12,7 +12,7 @@ namespace {
 constexpr int kWidth = 4;
 }
 
-#include "exact.h"
+#include "dense.h"
 
 namespace ptq161 {
 namespace {
@@ -99,6 +99,6 @@ bool supported() {
 }  // namespace
 
 extern const Kernel kNeon;
-const Kernel kNeon = {"neon", supported, gather, multiply<dot_int8, dot_exact>};
+const Kernel kNeon = {"neon", supported, gather, multiply<dot_int8, dot_exact>, dense};
 
 }  // namespace ptq161

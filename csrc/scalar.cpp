@@ -42,11 +42,25 @@ void dot_exact(const Group& group, const uint8_t* codes, const float* u, int64_t
     }
 }
 
+void dense(const DenseProduct& p, int64_t first_row, int64_t last_row) {
+    std::unique_ptr<float[]> x(new float[size_t(p.cols)]), weights(new float[size_t(p.cols)]);
+    for (int64_t t = 0; t < p.tokens; ++t) {
+        read_floats(p.x, p.type, t * p.cols, p.cols, x.get());
+        for (int64_t row = first_row; row < last_row; ++row) {
+            read_floats(p.weight, p.type, row * p.cols, p.cols, weights.get());
+            double sum = 0;
+            for (int64_t column = 0; column < p.cols; ++column) sum += double(weights[column]) * double(x[column]);
+            const float rounded = float(sum);
+            write_floats(&rounded, p.type, t * p.rows + row, 1, p.y);
+        }
+    }
+}
+
 bool always() { return true; }
 
 }  // namespace
 
 extern const Kernel kScalar;
-const Kernel kScalar = {"scalar", always, gather, multiply<dot_int8, dot_exact>};
+const Kernel kScalar = {"scalar", always, gather, multiply<dot_int8, dot_exact>, dense};
 
 }  // namespace ptq161

@@ -122,6 +122,42 @@ bool codes_survive(int bits, int levels, int64_t rows, int64_t cols, std::mt1993
     return same && back == stored && bytes == (cols + per_byte - 1) / per_byte;
 }
 
+// A dense weight in a buffer that ends with it, from an address that only its elements are aligned to.
+double dense_error(const Kernel& kernel, Type type, int64_t rows, int64_t cols, int64_t tokens, int threads,
+                   std::mt19937& random) {
+    const size_t size = type == Type::kFloat32 ? 4 : 2, weights = size_t(rows * cols), inputs = size_t(tokens * cols);
+    std::vector<uint8_t> memory((weights + 1) * size), x(inputs * size), y(size_t(tokens * rows) * size);
+    // Small integers are exact in every type.
+    const auto fill = [&](uint8_t* place, size_t count, std::vector<double>& values) {
+        for (size_t i = 0; i < count; ++i) {
+            const float value = float(int(random() % 17) - 8);
+            uint32_t bits;
+            std::memcpy(&bits, &value, 4);
+            const auto half = uint16_t(bits >> 16);
+            size == 4 ? std::memcpy(place + 4 * i, &bits, 4) : std::memcpy(place + 2 * i, &half, 2);
+            values.push_back(value);
+        }
+    };
+    std::vector<double> weight, input;
+    fill(memory.data() + size, weights, weight);
+    fill(x.data(), inputs, input);
+    dense(kernel, {memory.data() + size, x.data(), y.data(), type, tokens, rows, cols}, threads);
+    double worst = 0;
+    for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t row = 0; row < rows; ++row) {
+            double sum = 0;
+            for (int64_t c = 0; c < cols; ++c) sum += weight[size_t(row * cols + c)] * input[size_t(t * cols + c)];
+            const size_t place = size_t(t * rows + row);
+            uint32_t bits = 0;
+            std::memcpy(reinterpret_cast<uint8_t*>(&bits) + 4 - size, y.data() + size * place, size);
+            float value;
+            std::memcpy(&value, &bits, 4);
+            worst = std::max(worst, std::abs(double(value) - sum) / std::max(1.0, std::abs(sum)));
+        }
+    }
+    return worst;
+}
+
 }  // namespace
 
 int main() {
@@ -149,6 +185,19 @@ int main() {
                         const double slack = 1 + 2 / std::sqrt(double(rows * std::max<int64_t>(tokens, 1)));
                         check(error <= (exact ? 1e-5 : 2e-2 * slack), what);
                     }
+                }
+            }
+        }
+    }
+    for (const Kernel* kernel : available_kernels()) {
+        for (const int64_t rows : {1, 33, 80}) {
+            for (const int64_t cols : {1, 7, 16, 33, 64, 577}) {
+                for (const int64_t tokens : {0, 1, 2, 3, 4, 5, 9}) {
+                    const int threads = 1 + int(rows % 3);
+                    const double whole = dense_error(*kernel, Type::kFloat32, rows, cols, tokens, threads, random);
+                    const double half = dense_error(*kernel, Type::kBFloat16, rows, cols, tokens, threads, random);
+                    check(whole == 0, "a dense float32 weight of integers is multiplied exactly");
+                    check(half <= 1.0 / 256, "a dense bfloat16 weight is multiplied as well as bfloat16 holds it");
                 }
             }
         }

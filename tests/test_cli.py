@@ -89,10 +89,6 @@ def test_every_command_has_help_and_the_common_options(capsys, command):
     assert all(option in text for option in ("--json", "--quiet", "--debug"))
 
 
-def test_tasks_are_not_offered(refused):
-    assert "unknown argument '--tasks'" in refused("eval", "x", "--ppl", "wikitext2", "--tasks", "piqa")
-
-
 def test_nothing_given_is_the_preset():
     assert values() == {"preset": "best"}
 
@@ -166,7 +162,8 @@ def test_both_bits_and_ratio_on_one_layer():
         (["quantize", "M", "O", "--set", "statistic=max"], "expected absmax or absmean"),
         (["quantize", "M", "O", "--config", "no.toml"], "cannot read settings file no.toml"),
         (["inspect", "M", "--bits", "9"], "bits=9.0 is out of range"),
-        (["eval", "M"], "required: --ppl"),
+        (["eval", "M"], "eval needs something to measure: --ppl SOURCE, --tasks NAMES, or both"),
+        (["eval", "M", "--tasks", "piqa,,race"], "argument --tasks: 'piqa,,race': expected names with commas between"),
         (["eval", "M", "--ppl", "t.txt", "--out", "no/such/folder/r.jsonl"], "its folder does not exist"),
         (["generate", "M"], "required: --prompt"),
         (["serve", "M", "--port", "80000"], "argument --port: '80000': expected a port number, 0 to 65535"),

@@ -54,7 +54,7 @@ def test_every_command_on_a_page_is_one_that_exists(page: Path) -> None:
 
 def test_readme_has_commands() -> None:
     names = {arguments[0] for arguments in commands(REPOSITORY / "README.md")}
-    assert names == {"quantize", "preprocess", "eval", "inspect", "verify", "generate", *CONVERSING}
+    assert names == {"quantize", "preprocess", "compare", "eval", "inspect", "verify", "generate", *CONVERSING}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))

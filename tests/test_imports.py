@@ -40,14 +40,16 @@ ALLOWED = {
     "kernels": "packing binarize",
     "linear": "kernels layout packing binarize",
     "embedding": "linear kernels layout packing binarize",
-    "vocabulary": "embedding linear layout packing binarize",
+    "attention": "",
+    "head": "kernels packing binarize",
+    "vocabulary": "embedding head linear layout packing binarize",
     # files
     "folder": "",
     "foreign": "",
     "contents": "folder layout packing",
     "verify": "foreign folder layout packing",
     "saving": "contents folder layout packing",
-    "hf": "saving verify vocabulary contents foreign folder linear kernels layout packing machine config",
+    "hf": "attention saving verify vocabulary contents foreign folder linear kernels layout packing machine config",
     "checkpoint": "dense blocks space latent layout binarize",
     # text and models from outside
     "hub": "",
@@ -55,7 +57,7 @@ ALLOWED = {
     "data": "hub selftext config",
     "sources": "dense contents hf foreign hub config",
     # commands
-    "evaluate": "data hf linear kernels packing binarize machine",
+    "evaluate": "data hf linear kernels packing binarize machine baselines discovery blocks foreign hub",
     "generation": "data",
     "chat": "generation",
     "handlers": "chat generation data",
@@ -73,7 +75,10 @@ ALLOWED = {
     "records": "walk folder config",
     "pipeline": "walk tuning preflight records methods dense space checkpoint hf vocabulary inspection sources data "
     "layout config machine",
+    "contenders": "pipeline baselines methods inspection hf dense folder config",
+    "compare": "contenders evaluate records checkpoint sources data config machine",
     "report": "",
+    "shapes": "inspection allocation discovery methods config",
     "arguments": "config",
     "terminal": "",
     "meters": "terminal walk machine",

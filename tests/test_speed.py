@@ -74,8 +74,17 @@ def test_bytes_of_a_model_leave_its_head_out(tmp_path, capsys, tokenizer):
     assert sizes[0] == sizes[1]
 
 
-def test_copies_are_four_caches_together():
-    assert [speed._copies(nbytes) for nbytes in (1, 4096, 16384, 16385)] == [16384, 4, 1, 1]
+def test_copies_are_as_many_bytes_together_as_asked_for():
+    assert [speed._copies(nbytes, 16384) for nbytes in (1, 4096, 16384, 16385)] == [16384, 4, 1, 1]
+
+
+def test_hot_weights_have_one_copy(capsys):
+    command = ["bench", "--shape", "40x64", "--rounds", "1", "--tokens", "1", "--threads", "1"]
+    for flags, cold in ([], True), (["--hot"], False):
+        assert main([*command, *flags, "--json"]) == 0
+        assert (json.loads(capsys.readouterr().out)["cold_bytes"] > 0) == cold
+    assert main([*command, "--hot"]) == 0
+    assert "weights hot" in capsys.readouterr().out
 
 
 def test_a_model_is_measured(tmp_path, capsys, tokenizer):

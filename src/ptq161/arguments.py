@@ -21,6 +21,55 @@ from ptq161.config import (
 from ptq161.errors import InputError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+BASELINES = (
+    "rtn-w2",
+    "rtn-w2g128",
+    "gptq-w2",
+    "gptq-w2g128",
+    "gptq-w3g128",
+    "gptq-w4g128",
+    "awq-w2g128",
+    "awq-w3g128",
+    "awq-w4g128",
+    "omniquant-w2g128",
+    "omniquant-w2g64",
+    "quip-w2",
+    "owq-w2",
+    "owq-w3",
+    "owq-w4",
+    "pb-llm",
+    "billm",
+    "smoothquant-w4a4",
+)
+# What `compare` takes where it is not told: as the literature compares, and what is done in minutes on a CPU.
+FULL: dict[str, Any] = {
+    "methods": ("paper", "fast", "best", *BASELINES),
+    "samples": 128,
+    "seqlen": 2048,
+    "max_windows": None,
+}
+QUICK: dict[str, Any] = {
+    "methods": (  # what takes long comes last
+        "rtn-w2g128",
+        "gptq-w2g128",
+        "paper:epochs=4",
+        "fast",
+        "pb-llm",
+        "quip-w2",
+        "gptq-w2",
+        "smoothquant-w4a4",
+        "billm",
+        "rtn-w2",
+        "gptq-w4g128",
+        "owq-w2",
+        "awq-w2g128",
+        "omniquant-w2g128:epochs=10",
+    ),
+    "samples": 16,
+    "seqlen": 256,
+    "window": 512,
+    "max_windows": 16,
+}
 EXCLUSIVE = {"bits": "salient_ratio", "salient_ratio": "bits"}
 
 
@@ -72,6 +121,11 @@ def _parser() -> _Parser:
     _quantize_arguments(command("quantize", "quantize a model into a packed checkpoint folder"))
     _preprocess_arguments(command("preprocess", "make a dense model that quantizes better: restorative LoRA, merged"))
     _eval_arguments(command("eval", "perplexity of any model, dense or packed"))
+    _compare_arguments(command("compare", "methods side by side on one model, the same tokens for all; resumable"))
+    report = command("report", "one self-contained page and pictures from the results of a comparison")
+    report.add_argument("path", type=Path, metavar="DIR", help="folder of a comparison, or of a results.jsonl")
+    text = "a table of rows with `variant` and `perplexity`, full precision first; may be repeated"
+    report.add_argument("--ablations", type=Path, action="append", default=[], metavar="ROWS.jsonl", help=text)
     inspect = command("inspect", "bits per weight and bytes by part; predicted for a model not yet packed")
     inspect.add_argument("path", metavar="PATH", help="packed folder, or config.json, HF folder, .gguf, hub name")
     _budget_arguments(inspect)
@@ -154,14 +208,49 @@ def _preprocess_arguments(parser: _Parser) -> None:
 def _eval_arguments(parser: _Parser) -> None:
     add = parser.add_argument
     add("path", metavar="PATH", help="packed folder, HF folder, .gguf or hub name")
-    add("--ppl", action="append", required=True, metavar="SOURCE", help="wikitext2, c4 or a file; may be repeated")
+    add("--ppl", action="append", default=[], metavar="SOURCE", help="wikitext2, c4 or a file; may be repeated")
     add("--seqlen", type=int, default=2048, metavar="L", help="tokens of a window (default 2048)")
     add("--max-windows", type=int, metavar="N", help="only the first N windows of each text")
-    add("--bos", action="store_true", help="put the BOS token before each window")
+    add("--bos", action="store_true", help="put the BOS token before each window and each task's prompt")
+    add("--tasks", type=_names, default=[], metavar="A,B", help="of lm-evaluation-harness: piqa,arc_easy,mmlu,...")
+    add(
+        "--task-data", type=Path, metavar="DIR", help="the tasks' JSON lines (docs/tasks.md), instead of the hub's data"
+    )
+    add("--limit", type=int, metavar="N", help="only the first N items of each task")
+    add("--shots", type=int, metavar="N", help="examples in each prompt (default: as the task's definition has it)")
+    add("--seed", type=int, default=0, metavar="S", help="of drawing these examples (default 0)")
     _mode_argument(parser)
     add("--out", type=Path, metavar="results.jsonl", help="append the result as a row")
     _activations_argument(parser, "float32")
     _device_arguments(parser)
+
+
+def _compare_arguments(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="hub name, HF folder or .gguf file")
+    add("out", nargs="?", default=argparse.SUPPRESS, metavar="DIR", help="the same as --out DIR")
+    add("--out", type=Path, metavar="DIR", help="folder of the comparison; interrupted, the same command continues")
+    add(
+        "--methods",
+        type=lambda text: tuple(text.split(",")),
+        metavar="A,B,...",
+        help=f"presets ({', '.join(PRESETS)}) and baselines ({', '.join(BASELINES)}), each with settings of its own "
+        "where wanted: paper:epochs=4 (default: all)",
+    )
+    add("--calib", action="append", required=True, metavar="SOURCE", help="as for quantize; the same for all methods")
+    add("--ppl", action="append", required=True, metavar="SOURCE", help="wikitext2, c4 or a file; may be repeated")
+    add("--samples", type=int, metavar="N", help="calibration samples (default 128; quick: 16)")
+    add("--seqlen", type=int, metavar="L", help="tokens of each sample (default 2048; quick: 256)")
+    add("--window", type=int, metavar="L", help="tokens of an evaluation window (default: as --seqlen; quick: 512)")
+    add("--max-windows", type=int, metavar="N", help="only the first N windows of each text (default: all; quick: 16)")
+    add("--seed", type=int, default=0, metavar="S", help="of sampling and learning")
+    add("--preprocessed", metavar="DIR", help="a second model: every method gets another row on it")
+    add("--quick", action="store_true", help="little text and few epochs: a first look, minutes for a small model")
+    add("--restart", action="store_true", help="drop what DIR has instead of continuing it")
+    add("--device", default="auto", help="cpu, cuda, ...; auto (default): the GPU if there is one")
+    add(
+        "--dtype", default="auto", choices=DTYPES, help="of every evaluation; auto (default): bfloat16 where it is fast"
+    )
 
 
 def _writing_arguments(parser: _Parser, max_new_tokens: int) -> None:
@@ -196,6 +285,7 @@ def _bench_arguments(parser: _Parser) -> None:
         default="mixed",
         help="with --shape: column groups; int8: a head",
     )
+    add("--hot", action="store_true", help="with --shape: one copy of each weight, which caches may hold")
     add("--rounds", type=int, metavar="N", help="turns of every contender (default 40 for a shape, 3 for a model)")
     add("--prompt-tokens", type=int, action="append", metavar="T", help="with PATH: tokens to read first (default 128)")
     add("--new-tokens", type=int, default=32, metavar="T", help="with PATH: tokens to write")
@@ -242,6 +332,13 @@ def _key_value(text: str) -> tuple[str, str]:
     return key.strip(), value.strip()
 
 
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected names with commas between, e.g. piqa,arc_easy")
+    return names
+
+
 def _shape(text: str) -> tuple[int, int]:
     rows, _, cols = text.partition("x")
     if not (rows.isdecimal() and cols.isdecimal() and int(rows) and int(cols)):
@@ -260,6 +357,21 @@ def _block_range(text: str) -> tuple[int, int]:
     if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
         raise argparse.ArgumentTypeError(f"{text!r}: expected A:B with A < B, e.g. 0:2 for the first two blocks")
     return int(first), int(last)
+
+
+def compare_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What `--quick` and the options of `compare` come to. Raises InputError for an option out of range."""
+    if args.out is None:
+        raise InputError("compare needs a folder for its results: give --out DIR")
+    settings = dict(QUICK if args.quick else FULL)
+    given = {key: getattr(args, key) for key in ("methods", "samples", "seqlen", "window", "max_windows")}
+    settings |= {key: value for key, value in given.items() if value is not None}
+    settings.setdefault("window", settings["seqlen"])
+    if twice := [name for name in settings["methods"] if settings["methods"].count(name) > 1]:
+        raise InputError(f"--methods has {twice[0]!r} twice: give each once")
+    calibration = {"sources": args.calib, "samples": settings.pop("samples"), "seqlen": settings.pop("seqlen")}
+    settings["calibration"] = CalibrationConfig().replaced(calibration | {"seed": args.seed})
+    return settings | {"ppl": tuple(args.ppl), "preprocessed": args.preprocessed}
 
 
 def preprocess_settings(args: argparse.Namespace) -> dict[str, Any]:

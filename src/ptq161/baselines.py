@@ -114,7 +114,7 @@ def _install(where: str, linears: dict[str, nn.Linear], dense: dict[str, DenseWe
 
 
 def _round_input(round_input: Callable[[Tensor], Tensor], linear: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
-    return round_input(args[0])
+    return round_input(args[0]).to(args[0].dtype)
 
 
 @contextmanager

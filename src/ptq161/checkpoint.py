@@ -42,16 +42,7 @@ class WorkFolder:
         Raises InputError if another process holds it, or if it belongs to different settings (naming what differs).
         """
         existed = self.path.exists()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / "lock").open("w")
-        except OSError as error:
-            raise InputError(f"cannot write to {self.path}: {error.strerror}") from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(f"another process is quantizing into {self.out}; wait for it or stop it") from error
+        with locked(self.path, f"another process is quantizing into {self.out}"):
             if restart and self._job.exists():
                 self._clear()
             self._claim(json.loads(json.dumps(job)), existed)
@@ -59,10 +50,8 @@ class WorkFolder:
 
     def _claim(self, job: dict[str, Any], existed: bool) -> None:
         if self._job.exists():
-            before, job = _flat(json.loads(self._job.read_text())), _flat(job)
-            different = sorted(key for key in before.keys() | job.keys() if before.get(key) != job.get(key))
-            if different:
-                shown = "; ".join(f"{key}: {before.get(key)!r} -> {job.get(key)!r}" for key in different)
+            shown = differences(json.loads(self._job.read_text()), job)
+            if shown:
                 raise InputError(
                     f"{self.path} holds an unfinished run with other settings ({shown}); repeat those settings to "
                     "continue it, or give --restart to drop it"
@@ -199,6 +188,29 @@ class WorkFolder:
     @property
     def _streams(self) -> Path:
         return self.path / "streams.safetensors"
+
+
+@contextmanager
+def locked(folder: Path, busy: str) -> Iterator[None]:
+    """Make a folder and hold its lock. Raises InputError, saying `busy`, where another process holds it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{busy}; wait for it or stop it") from error
+        yield
+
+
+def differences(before: Mapping[str, Any], job: Mapping[str, Any]) -> str:
+    """What two records of a job differ in, in words; empty where they are equal. Both as JSON gives them back."""
+    old, new = _flat(before), _flat(job)
+    different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return "; ".join(f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in different)
 
 
 def _flat(job: Mapping[str, Any]) -> dict[str, Any]:

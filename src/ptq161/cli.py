@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ptq161
-from ptq161.arguments import parse, preprocess_settings, quantize_settings
+from ptq161.arguments import compare_settings, parse, preprocess_settings, quantize_settings
 from ptq161.config import Head, QuantConfig
 from ptq161.errors import InputError, Ptq161Error
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # What an interruption leaves, by command.
 KEPT = {
     "quantize": "; finished blocks are kept, the same command continues",
+    "compare": "; finished rows are kept, the same command continues",
     "preprocess": "; what was done is kept (training: up to its last checkpoint), the same command continues",
 }
 
@@ -115,6 +116,8 @@ def _preprocess(args: Namespace) -> int:
 def _eval(args: Namespace) -> int:
     if args.out is not None and not args.out.absolute().parent.is_dir():
         raise InputError(f"--out {args.out}: its folder does not exist; make it, or choose another file")
+    if not args.ppl and not args.tasks:
+        raise InputError("eval needs something to measure: --ppl SOURCE, --tasks NAMES, or both")
     began = time.monotonic()
     from ptq161 import data, machine, meters, tables, terminal
     from ptq161.evaluate.perplexity import perplexity
@@ -124,6 +127,7 @@ def _eval(args: Namespace) -> int:
     with terminal.quiet_libraries(debug=args.debug):
         for source in args.ppl:
             data.parse_source(source)
+        measure_tasks = _tasks(args)
         record = _recorded(Path(args.path)) if is_packed(args.path) else ({}, {})
         model, tokenizer = _open(args)
         if args.bos and tokenizer.bos_token_id is None:
@@ -132,23 +136,91 @@ def _eval(args: Namespace) -> int:
         texts = {source: data.evaluation_tokens(source, tokenizer) for source in args.ppl}
         measured = {}
         for source, tokens in texts.items():
-            meter = meters.EvaluationMeter(source, quiet=args.quiet)
+            meter = meters.EvaluationMeter(source, "window", quiet=args.quiet)
             with meter:
                 measured[source] = perplexity(
                     model, tokens, args.seqlen, bos=bos, max_windows=args.max_windows, on_window=meter
                 )
+        tasks = None if measure_tasks is None else measure_tasks(model, tokenizer)
         sizes = inspect(args.path) if is_packed(args.path) else None
     result = {
         "model": args.path,
         "bits_per_weight": None if sizes is None else sizes["bits_per_weight"],
-        "perplexity": measured,
-        "tasks": None,
+        "perplexity": measured or None,
+        "tasks": tasks,
         "seconds": time.monotonic() - began,
         "peak_rss_bytes": machine.peak_rss_bytes(),
     }
     if args.out is not None:
         _append_row(args, result, sizes, record)
     return _print(args, result, lambda out: tables.show_evaluated(out, result))
+
+
+def _compare(args: Namespace) -> int:
+    settings = compare_settings(args)
+    import torch
+
+    from ptq161 import compare, machine, meters, tables, terminal
+
+    device = machine.pick_device(args.device)
+    fast = torch.bfloat16 if machine.multiplies_bfloat16(device) else torch.float32
+    meter = meters.CompareMeter(quiet=args.quiet)
+    with terminal.quiet_libraries(debug=args.debug), meter:
+        meter.line(f"reading {args.model} and the texts")
+        result = compare.compare(
+            args.model,
+            args.out,
+            compare.Settings(**settings, device=device, dtype=_dtype(args) or fast),
+            command=shlex.join(["ptq161", *args.arguments]),
+            restart=args.restart,
+            on_step=meter,
+        )
+    return _print(args, result, lambda out: tables.show_compared(out, result))
+
+
+def _report(args: Namespace) -> int:
+    _require("report", "matplotlib")
+    from ptq161 import shapes, terminal
+    from ptq161.compare import CHANNELS, MODELS, RESULTS
+    from ptq161.evaluate.channels import width_map
+    from ptq161.hf import is_packed
+    from ptq161.report import comparison, writing
+
+    rows = comparison.read_rows(args.path / RESULTS, comparison.RESULT_COLUMNS)
+    ablations = {str(file): comparison.read_rows(file, comparison.ABLATION_COLUMNS) for file in args.ablations}
+    channels = args.path / CHANNELS
+    folders = [folder for folder in sorted((args.path / MODELS / "original").glob("*")) if is_packed(folder)]
+    with terminal.quiet_libraries(debug=args.debug):
+        results = comparison.arranged(
+            rows,
+            args.path / RESULTS,
+            ablations=ablations,
+            channels=json.loads(channels.read_text()) if channels.exists() else [],
+            maps={folder.name: width_map(folder) for folder in folders},
+            memory=shapes.memory_table(),
+        )
+        result = writing.write_report(results, args.path)
+    return _print(args, result, lambda out: out.print(f"open {result['page']}"))
+
+
+def _tasks(args: Namespace) -> "Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, Any]] | None":
+    """What measures the tasks, their data read already so that a bad file is refused before a model is opened."""
+    if not args.tasks:
+        return None
+    _require("tasks", "lm_eval")
+    from ptq161 import meters
+    from ptq161.evaluate import tasks
+
+    settings = tasks.TaskSettings(limit=args.limit, shots=args.shots, seed=args.seed, bos=args.bos)
+    loaded = tasks.load_tasks(args.tasks, args.task_data, settings)
+
+    def measure(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+        meter = meters.EvaluationMeter("tasks", "request", quiet=args.quiet)
+        with meter:
+            results = tasks.evaluate_tasks(model, tokenizer, loaded, settings, on_request=meter)
+        return {result.task: result.row() for result in results}
+
+    return measure
 
 
 def _inspect(args: Namespace) -> int:
@@ -235,7 +307,8 @@ def _bench(args: Namespace) -> int:
     with terminal.quiet_libraries(debug=args.debug):
         if args.shape is not None:
             tokens = args.tokens or [1, 128]
-            result = speed.bench_shape(*args.shape, tokens=tokens, rounds=args.rounds or 40, format=args.format)
+            rounds = args.rounds or 40
+            result = speed.bench_shape(*args.shape, tokens=tokens, rounds=rounds, format=args.format, hot=args.hot)
             return _print(args, result, lambda out: tables.show_shape_speed(out, result))
         dense = {"both": ["float32", "bfloat16"], "none": []}.get(args.dense, [args.dense])
         result = model_speed.bench_model(
@@ -252,6 +325,8 @@ COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "quantize": _quantize,
     "preprocess": _preprocess,
     "eval": _eval,
+    "compare": _compare,
+    "report": _report,
     "inspect": _inspect,
     "verify": _verify,
     "generate": _generate,

@@ -104,13 +104,17 @@ class _Settings:
 
         Raises InputError for an unknown key (naming the nearest) or a value that does not fit the field.
         """
-        fields = typing.get_type_hints(type(self))
-        converted = {}
-        for key, value in values.items():
-            if key not in fields:
-                raise InputError(unknown("setting", key, fields))
-            converted[key] = _convert(key, value, fields[key])
-        return dataclasses.replace(self, **converted)  # type: ignore[type-var]
+        return dataclasses.replace(self, **converted(type(self), values))  # type: ignore[type-var]
+
+
+def converted(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Text or TOML scalars as values of the fields of a dataclass. Raises InputError (see `_Settings.replaced`)."""
+    hints = typing.get_type_hints(kind)
+    fields = [field.name for field in dataclasses.fields(kind)]
+    for key in values:
+        if key not in fields:
+            raise InputError(unknown("setting", key, fields))
+    return {key: _convert(key, value, hints[key]) for key, value in values.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -152,7 +152,7 @@ def calibration_and_fresh_tokens(
     generator = torch.Generator().manual_seed(calibration.seed)
     fresh_generator = torch.Generator().manual_seed(calibration.seed + 1)
     parts, more = [], []
-    for source, count, extra in zip(sources, _shares(samples, sources), _shares(fresh, sources), strict=True):
+    for source, count, extra in zip(sources, shares(samples, sources), shares(fresh, sources), strict=True):
         if source.name == SELF:
             if model is None:
                 raise InputError("source 'self' is sampled from the model, and none was given: name a file instead")
@@ -195,7 +195,7 @@ def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, " 
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
-def _shares(count: int, sources: Sequence[Source]) -> list[int]:
+def shares(count: int, sources: Sequence[object]) -> list[int]:
     """`count` divided among the sources; the first ones get what does not divide."""
     share, left = divmod(count, len(sources))
     return [share + (index < left) for index in range(len(sources))]

@@ -19,6 +19,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ptq161.attention import fold_heads, unfold_heads
 from ptq161.config import unknown
 from ptq161.contents import headers_for
 from ptq161.errors import CheckpointError, InputError
@@ -133,6 +134,7 @@ class PackedQuantizer(HfQuantizer):
                     file = self.file_of[full].name if full in self.file_of else "the checkpoint"
                     raise CheckpointError(f"{file}: tensor {full} {what}; run `ptq161 verify`")
                 linear.tile(memory)
+        fold_heads(model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name in self.quantization_config.layout.linears:
@@ -140,6 +142,7 @@ class PackedQuantizer(HfQuantizer):
             assert isinstance(packed, PackedLinear)
             model.set_submodule(name, packed.dense(dtype or model.dtype))
         install_dense(model, dtype or model.dtype)
+        unfold_heads(model)
         return model
 
     def is_serializable(self) -> bool:

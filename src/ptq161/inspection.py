@@ -57,8 +57,13 @@ def inspect(
         bits = QuantConfig.bits
     if method not in LAYOUTS:
         raise InputError(unknown("method", method, LAYOUTS))
-    settings, config = QuantConfig(bits=bits, salient_ratio=salient_ratio).replaced({"head": head}), open_config(path)
-    with complaints(f"transformers cannot build the {config.model_type} model of {path}"):
+    settings = QuantConfig(bits=bits, salient_ratio=salient_ratio).replaced({"head": head})
+    return predict_config(open_config(path), method, settings)
+
+
+def predict_config(config: PreTrainedConfig, method: str, settings: QuantConfig) -> dict[str, Any]:
+    """`inspect` of what a model of this configuration would become, what is not quantized in bfloat16."""
+    with complaints(f"transformers cannot build the {config.model_type} model of this configuration"):
         shapes = config_shapes(config)
     model, layout = _empty_model(config), LAYOUTS[method](shapes, settings, None)
     if settings.head is Head.INT8:

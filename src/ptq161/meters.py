@@ -86,16 +86,32 @@ class QuantizeMeter(_Meter):
 
 
 class EvaluationMeter(_Meter):
-    """Takes windows done of one evaluation text; without a terminal, a line for about every tenth."""
+    """Takes how much of one evaluation is done, in some unit; without a terminal, a line for about every tenth."""
 
-    def __init__(self, name: str, *, quiet: bool) -> None:
+    def __init__(self, name: str, unit: str, *, quiet: bool) -> None:
         super().__init__(quiet=quiet)
         self.name = name
+        self.unit = unit
         self.tenths = 0
 
     def __call__(self, done: int, total: int) -> None:
-        """Show that `done` of `total` windows are evaluated."""
-        self.show(self.name, done / total, f"window {done}/{total}")
+        """Show that `done` of `total` units are evaluated; after the last one, another count may begin."""
+        self.show(self.name, done / total, f"{self.unit} {done}/{total}")
+        if done == 1:
+            self.tenths = 0
         if done * 10 // total > self.tenths:
             self.tenths = done * 10 // total
-            self.line(f"{self.name}: window {done}/{total}")
+            self.line(f"{self.name}: {self.unit} {done}/{total}")
+
+
+class CompareMeter(_Meter):
+    """Takes what a comparison is doing; without a terminal, a line when a row begins and when its evaluation does."""
+
+    last = ("", "")
+
+    def __call__(self, row: str, what: str, done: int, total: int) -> None:
+        """Show that of `row`, `done` of `total` steps of `what` are behind it."""
+        self.show(f"{row}: {what} {done}/{total}", done / total, f"memory {size(peak_rss_bytes())}")
+        if (row, what) != self.last:
+            self.last = (row, what)
+            self.line(f"{row}: {what}")

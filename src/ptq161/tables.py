@@ -1,6 +1,7 @@
 """Results on stdout, when a command is done: tables and lines. Numbers come in ready; nothing is decided here."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from rich.console import Console
@@ -121,9 +122,9 @@ def show_preprocessed(out: Console, result: Mapping[str, Any], model_command: st
 
 
 def show_evaluated(out: Console, result: Mapping[str, Any]) -> None:
-    """Perplexities, one row per text."""
+    """Perplexities, one row per text; metrics of tasks, one row each."""
     table = numbers_table("text", "perplexity", "tokens", "windows", "of length", "BOS")
-    for source, entry in result["perplexity"].items():
+    for source, entry in (result["perplexity"] or {}).items():
         counts = (
             f"{entry['tokens']:,}",
             str(entry["windows"]),
@@ -131,9 +132,42 @@ def show_evaluated(out: Console, result: Mapping[str, Any]) -> None:
             "no" if entry["bos"] is None else "yes",
         )
         table.add_row(source, optional(entry["ppl"]), *counts)
-    out.print(table)
+    if result["perplexity"]:
+        out.print(table)
+    if result["tasks"]:
+        _show_tasks(out, result["tasks"])
     bits = "dense" if result["bits_per_weight"] is None else f"{result['bits_per_weight']:.4f} bits per weight"
     out.print(f"{result['model']}: {bits}, {duration(result['seconds'])}, {size(result['peak_rss_bytes'])} of memory")
+
+
+def show_compared(out: Console, result: Mapping[str, Any]) -> None:
+    """One line per row of a comparison, and why some have no figures."""
+    rows = result["rows"]
+    texts = list(rows[0]["perplexity"])
+    names = (f"perplexity, {PurePath(text).name}" for text in texts)
+    table = numbers_table("method", "claimed bits", "honest bits", *names, "time")
+    table.columns[0].no_wrap = True
+    for row in rows:
+        measured = row["perplexity"] or {}
+        ppl = (optional(measured[text]["ppl"], ",.2f") if text in measured else row["status"] for text in texts)
+        bits = (optional(row[key], ".3f") for key in ("claimed_bits", "bits_per_weight"))
+        seconds = "-" if row["seconds"] is None else duration(row["seconds"])
+        name = row["method"] if row["preprocessing"] is None else f"{row['method']}, preprocessed"
+        table.add_row(name, *bits, *ppl, seconds)
+    out.print(table)
+    for row in rows:
+        if row["status"] != "ok":
+            out.print(f"{row['method']} {row['status']}: {row['reason']}")
+    out.print(f"next: ptq161 report {result['out']}")
+
+
+def _show_tasks(out: Console, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    table = numbers_table("task", "metric", "value", "standard error", "items", "examples", "BOS")
+    for name, entry in tasks.items():
+        settings = (str(entry["n"]), str(entry["shots"]), "yes" if entry["bos"] else "no")
+        for metric in (key for key in entry if f"{key}_stderr" in entry):
+            table.add_row(name, metric, optional(entry[metric]), optional(entry[f"{metric}_stderr"]), *settings)
+    out.print(table)
 
 
 def show_inspected(out: Console, path: str, result: Mapping[str, Any]) -> None:
@@ -196,7 +230,8 @@ def show_shape_speed(out: Console, result: Mapping[str, Any]) -> None:
             optional(row["gflop_s"], ".0f"),
         )
         table.add_row(row["weights"], str(row["tokens"]), *times, *rates)
-    out.print(f"{rows} x {cols}, {result['format']} format, {_where(result)}, weights cold")
+    weights = "cold" if result["cold_bytes"] else "hot"
+    out.print(f"{rows} x {cols}, {result['format']} format, {_where(result)}, weights {weights}")
     out.print(table)
     _show_speedup(out, result)
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ptq161.binarize import EIGHT_BIT, symmetric_weight
 from ptq161.embedding import PackedEmbedding, TiedHead
 from ptq161.errors import CheckpointError, NonFiniteError, UnsupportedModule
+from ptq161.head import DenseHead
 from ptq161.layout import PackedLinearSpec, vocabulary_spec
 from ptq161.linear import PackedLinear
 from ptq161.packing import pack
@@ -51,11 +52,16 @@ def pack_vocabulary(weights: Mapping[str, Tensor], specs: Mapping[str, PackedLin
 
 
 def install_packed(model: PreTrainedModel, vocabulary: Mapping[str, PackedLinearSpec]) -> None:
-    """Put empty packed modules in place of embedding and head, to be filled by transformers; nothing if there are none.
+    """Put empty packed modules in place of embedding and head, to be filled by transformers.
+
+    With none of them packed, the head becomes one that reads its weight faster.
 
     Raises CheckpointError if `vocabulary` does not name this model's own, with their shapes.
     """
     if not vocabulary:
+        head = model.get_output_embeddings()
+        if type(head) is nn.Linear and head.bias is None:
+            model.set_submodule(_name_of(model, head), DenseHead.of(head))
         return
     try:
         (embedding_name, embedding), (head_name, head) = _embedding(model), _head(model)
@@ -84,6 +90,8 @@ def install_packed(model: PreTrainedModel, vocabulary: Mapping[str, PackedLinear
 def install_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """The reverse, after loading: embedding and head dense in `dtype`, tied as they were."""
     packed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(head, DenseHead):
+        model.set_submodule(_name_of(model, head), head.plain())
     if not isinstance(packed, PackedEmbedding):
         return
     embedding = packed.dense_embedding(dtype)

@@ -139,14 +139,16 @@ def _interleaved(
 
 
 def _turn(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> _Turn:
-    settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None  # a setting of None for one call would mean the model's
+    settings = {"do_sample": False, "pad_token_id": 0}
     clock, cpu = [], []
     for count in (1, new_tokens):
         began, began_cpu = time.perf_counter(), time.process_time()
         output = model.generate(  # type: ignore[operator]
             prompt,
             attention_mask=torch.ones_like(prompt),
-            generation_config=GenerationConfig(max_new_tokens=count, min_new_tokens=count, **settings),
+            generation_config=GenerationConfig(max_new_tokens=count, **settings),
         )
         cpu.append(time.process_time() - began_cpu)
         clock.append(time.perf_counter() - began)

@@ -2,9 +2,9 @@
 
 Every contender takes its turn in every round, so that whatever else the machine does meets all of them alike. A turn is
 a short burst of calls, the first of which is not counted: it warms code, which a model's other layers would have done.
-Weights are cold: each has copies that together are four times the last-level cache, and every call uses the next copy.
-What DRAM can deliver is a contender too: a loop that reads as many bytes as the packed weight has in memory, in pages
-of the same size (huge ones, as a loaded model's).
+Weights are cold unless asked for hot: each has copies that together are four times the last-level cache, and every
+call uses the next copy. What DRAM can deliver is a contender too: a loop that reads as many bytes as the packed weight
+has in memory, in pages of the same size (huge ones, as a loaded model's).
 
 What is timed is the call a module makes: the op, with everything it checks and rounds. Figures that sum a run up are
 made of the p10, which on a machine that others use says what it does when left alone. With one thread, the time that
@@ -47,13 +47,20 @@ _TIMES_CACHE = 4
 
 
 def bench_shape(
-    rows: int, cols: int, *, tokens: Sequence[int] = (1, 128), rounds: int = 40, format: str = "mixed"
+    rows: int,
+    cols: int,
+    *,
+    tokens: Sequence[int] = (1, 128),
+    rounds: int = 40,
+    format: str = "mixed",
+    hot: bool = False,
 ) -> dict[str, Any]:
     """Time products of `tokens` rows of activations with a random (rows, cols) weight, on the CPU, in torch's threads.
 
     rounds: bursts of each contender for one token; long inputs get fewer, but two at least. format: "mixed" (46 % 1bit,
     11 % 4bit, ternary; row scales only: 1.61 bits, divided much as `fast` divides SmolLM2-135M), "paper" (20 % 4bit,
-    1bit; all vectors) or "int8" (a head: 8bit, a row scale).
+    1bit; all vectors) or "int8" (a head: 8bit, a row scale). hot: one copy of each weight, so that what fits stays in
+    the caches.
 
     Returns the command's JSON: for each number of tokens and contender median and p10 in microseconds, and from the p10
     GFLOP/s and, for packed weights, GB/s of the bytes in the file and in memory. The contract's fields follow.
@@ -66,7 +73,8 @@ def bench_shape(
     layout = random_layout(rows, cols, format)
     packed = random_packed(layout, torch.Generator().manual_seed(0))
     file_bytes = sum(spec.nbytes for spec in layout.specs().values())
-    contenders, memory_bytes = _contenders(packed)
+    cold_bytes = 0 if hot else _cache_bytes() * _TIMES_CACHE
+    contenders, memory_bytes = _contenders(packed, cold_bytes)
     measured: list[dict[str, Any]] = []
     for count in tokens:
         x = torch.randn(count, cols, generator=torch.Generator().manual_seed(0))
@@ -83,7 +91,7 @@ def bench_shape(
         "format": format,
         "threads": torch.get_num_threads(),
         "kernels": list(cpu_kernels()),
-        "cold_bytes": _cache_bytes() * _TIMES_CACHE,
+        "cold_bytes": cold_bytes,
         "weight_bytes": file_bytes,
         "memory_bytes": memory_bytes,
         "dram_gb_s": next((row["memory_gb_s"] for row in measured if row["weights"] == READ), None),
@@ -135,19 +143,19 @@ def random_packed(layout: LinearLayout, generator: torch.Generator) -> PackedWei
     return PackedWeight(layout, tensors)
 
 
-def _contenders(packed: PackedWeight) -> tuple[dict[str, tuple[torch.dtype, Call]], int]:
+def _contenders(packed: PackedWeight, cold_bytes: int) -> tuple[dict[str, tuple[torch.dtype, Call]], int]:
     """Name -> activations' dtype and a call that uses the next copy of the weight; and the packed bytes in memory."""
     dense = torch.randn(packed.layout.rows, packed.layout.cols, generator=torch.Generator().manual_seed(1))
     contenders: dict[str, tuple[torch.dtype, Call]] = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        copies = cycle([dense.to(dtype, copy=True) for _ in range(_copies(dense.numel() * dtype.itemsize))])
+        copies = cycle([dense.to(dtype, copy=True) for _ in range(_copies(dense.numel() * dtype.itemsize, cold_bytes))])
         contenders[name] = (dtype, _dense_call(copies))
     if not cpu_kernels():
         contenders["packed"] = (torch.float32, lambda x: linear(x, packed))
         return contenders, sum(tensor.nbytes for tensor in packed.tensors.values())
     tiled, memory = tile(packed), TileMemory()
     nbytes = sum(tensor.nbytes for tensor in (tiled.tiles, tiled.order, tiled.col) if tensor is not None)
-    tiles = [memory.take(*tiled.tiles.shape).copy_(tiled.tiles) for _ in range(_copies(nbytes))]
+    tiles = [memory.take(*tiled.tiles.shape).copy_(tiled.tiles) for _ in range(_copies(nbytes, cold_bytes))]
     weights = cycle([ReadyWeight(replace(tiled, tiles=copy)) for copy in tiles])
     contenders["packed"] = (torch.float32, lambda x: next(weights).linear(x, None, exact=False))
     contenders["packed float32"] = (torch.float32, lambda x: next(weights).linear(x, None, exact=True))
@@ -160,8 +168,8 @@ def _dense_call(copies: Iterator[Tensor]) -> Call:
     return lambda x: functional.linear(x, next(copies))
 
 
-def _copies(nbytes: int) -> int:
-    return max(1, -(-_cache_bytes() * _TIMES_CACHE // nbytes))
+def _copies(nbytes: int, cold_bytes: int) -> int:
+    return max(1, -(-cold_bytes // nbytes))
 
 
 def _cache_bytes() -> int:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import torch
 
 from ptq161.kernels.cpu import ReadyWeight
+from ptq161.kernels.dense import dense_linear, has_dense_kernel
 from ptq161.kernels.memory import TileMemory
 from ptq161.kernels.native import kernels as cpu_kernels
 from ptq161.kernels.native import read_memory, tile, untile
@@ -28,6 +29,8 @@ __all__ = [
     "TiledWeight",
     "column_types",
     "cpu_kernels",
+    "dense_linear",
+    "has_dense_kernel",
     "has_fast_kernel",
     "has_tiled_kernel",
     "linear",

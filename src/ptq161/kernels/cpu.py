@@ -36,7 +36,7 @@ class ReadyWeight:
     def linear(self, x: Tensor, bias: Tensor | None, *, exact: bool) -> Tensor:
         """x @ W.T + bias, as `tiled_linear`."""
         weight = self.weight
-        if self._native is None or not _only_for_the_kernel(x, bias):
+        if self._native is None or not only_for_the_kernel(x, bias):
             arguments = (weight.tiles, weight.order, weight.col, bias, self._integers, exact)
             result: Tensor = torch.ops.ptq161.tiled_linear.default(x, *arguments)
             return result
@@ -83,16 +83,16 @@ def _product(
     return y
 
 
-def _only_for_the_kernel(x: Tensor, bias: Tensor | None) -> bool:
+def only_for_the_kernel(x: Tensor, parameter: Tensor | None) -> bool:
     """Whether nothing else wants to see the product: no gradient, tracer, mode or kind of tensor."""
     if type(x) is not Tensor or x.dtype not in _TYPES or not x.is_cpu:
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if torch.is_grad_enabled() and (x.requires_grad or (parameter is not None and parameter.requires_grad)):
         return False
     return not (
         torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.is_functorch_wrapped_tensor(x)
-        or (bias is not None and torch._C._functorch.is_functorch_wrapped_tensor(bias))
+        or (parameter is not None and torch._C._functorch.is_functorch_wrapped_tensor(parameter))
         or torch._C._get_tracing_state() is not None
     )
 

@@ -25,7 +25,7 @@ CELL_INCHES = 0.235  # a weight of the corner
 
 def storage_figure(files: Mapping[str, Mapping[str, int]], width: float) -> Figure:
     """Horizontal stacked bars: file -> part -> bytes. Zero parts are left out; the total stands behind each bar."""
-    with _figure(width, 0.9 + 0.42 * len(files) + _legend_height(files.values(), width)) as (figure, axes):
+    with drawing(width, 0.9 + 0.42 * len(files) + _legend_height(files.values(), width)) as (figure, axes):
         longest = max(sum(parts.values()) for parts in files.values())
         for row, parts in enumerate(files.values()):
             left = 0.0
@@ -49,7 +49,7 @@ def storage_figure(files: Mapping[str, Mapping[str, int]], width: float) -> Figu
 
 def bits_figure(parts: Mapping[str, int], weights: int, width: float) -> Figure:
     """One stacked bar of bits per weight: 8 * bytes of each part over the quantized weights."""
-    with _figure(width, 0.95 + _legend_height([parts], width)) as (figure, axes):
+    with drawing(width, 0.95 + _legend_height([parts], width)) as (figure, axes):
         left = 0.0
         for name, size in parts.items():
             bits = 8 * size / weights
@@ -70,14 +70,14 @@ def bits_figure(parts: Mapping[str, int], weights: int, width: float) -> Figure:
 
 def loss_figure(blocks: Sequence[Mapping[str, Any]], width: float) -> Figure:
     """Objective of every block at its start and as it is stored, on a logarithmic axis."""
-    with _figure(width, 2.9) as (figure, axes):
+    with drawing(width, 2.9) as (figure, axes):
         index = [block["index"] for block in blocks]
         first = [block["loss_first"] for block in blocks]
         last = [block["loss_last"] for block in blocks]
         axes.vlines(index, last, first, color=colour("grid"), linewidth=2.5)
         axes.plot(index, first, "o", color=colour("other"), markersize=4.5, label="at the start")
         axes.plot(index, last, "o", color=colour("sign"), markersize=4.5, label="as stored")
-        _logarithmic(axes)
+        logarithmic(axes)
         axes.set_xlabel("decoder block")
         axes.set_ylabel("difference from the original block")
         axes.grid(axis="y", which="major")
@@ -100,7 +100,7 @@ def channels_figure(channels: Sequence[Channels], width: float) -> Figure:
         panels[-1].set_xlabel("input channel")
         figure.supylabel(channels[0].measure, fontsize=9, color=colour("muted"))
         drawn = _widths(shown.widths for shown in channels)
-        _legend(figure, [WIDTHS[name][:2] for name in drawn], len(drawn))
+        legend(figure, [WIDTHS[name][:2] for name in drawn], len(drawn))
     return figure
 
 
@@ -119,7 +119,7 @@ def _dots(axes: Axes, shown: Channels, width: float) -> None:
         axes.plot(x, y, color=colour(WIDTHS[name][1]), linewidth=diameter, solid_capstyle="round")
     axes.set_xlim(-1, len(shown.importance))
     axes.set_ylim(lowest * 0.7, highest * 1.4)
-    _logarithmic(axes)
+    logarithmic(axes)
     axes.grid(axis="y")
     axes.tick_params(which="both", bottom=False, left=False)
 
@@ -131,7 +131,7 @@ def corner_figure(corner: Corner, width: float) -> Figure:
     """
     shown = min(len(corner.widths), int(width / CELL_INCHES))
     drawn = _widths([corner.widths[:shown]])
-    with _figure(width, len(corner.codes) * width / shown + 0.25) as (figure, axes):
+    with drawing(width, len(corner.codes) * width / shown + 0.25) as (figure, axes):
         for row, levels in enumerate(corner.codes):
             for column, (level, name) in enumerate(zip(levels[:shown], corner.widths, strict=False)):
                 _weight(axes, column, row, level, name)
@@ -139,7 +139,7 @@ def corner_figure(corner: Corner, width: float) -> Figure:
         axes.set_ylim(len(corner.codes), 0)
         axes.set_aspect("equal")
         axes.axis("off")
-        _legend(figure, [WIDTHS[name][:2] for name in drawn], len(drawn))
+        legend(figure, [WIDTHS[name][:2] for name in drawn], len(drawn))
     return figure
 
 
@@ -161,13 +161,14 @@ def _widths(channels: Iterable[Sequence[str]]) -> list[str]:
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+def drawing(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+    """A figure with one panel, in the page's style while it is drawn."""
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots()
 
 
-def _logarithmic(axes: Axes) -> None:
+def logarithmic(axes: Axes) -> None:
     """Make the y axis of a finished plot logarithmic: plain numbers, more of them where it spans little."""
     axes.set_yscale("log")
     lowest, highest = axes.get_ylim()
@@ -191,9 +192,10 @@ def _legend_height(files: Iterable[Mapping[str, int]], width: float) -> float:
 def _parts_legend(figure: Figure, files: Iterable[Mapping[str, int]], width: float) -> None:
     names, columns = _shown_parts(files), _legend_columns(width)
     by_column = [name for column in range(columns) for name in names[column::columns]]
-    _legend(figure, [part(name) for name in by_column], columns)
+    legend(figure, [part(name) for name in by_column], columns)
 
 
-def _legend(figure: Figure, entries: Sequence[tuple[str, str]], columns: int) -> None:
+def legend(figure: Figure, entries: Sequence[tuple[str, str]], columns: int) -> None:
+    """Names beside patches of their colours, above the panels. entries: (label, colour purpose)."""
     handles = [Rectangle((0, 0), 1, 1, facecolor=colour(purpose), label=label) for label, purpose in entries]
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, handleheight=0.8)
