@@ -112,7 +112,7 @@ def _preprocess(args: Namespace) -> int:
         if not args.maps.absolute().parent.is_dir():
             raise InputError(f"--maps {args.maps}: its folder does not exist; make it, or choose another file")
     from ptq161 import meters, tables, terminal
-    from ptq161.preprocess import preprocess
+    from ptq161.preprocess import SALIENT_MAPS, preprocess
 
     names = ("text", "quantized", "preset", "calib", "ppl", "ppl_seqlen", "max_windows")
     keywords |= {name: getattr(args, name) for name in (*names, "device", "dtype", "overwrite", "restart")}
@@ -124,7 +124,7 @@ def _preprocess(args: Namespace) -> int:
     if args.maps is not None:
         from ptq161.report.maps import maps_figure
 
-        maps_figure(result["maps"]).savefig(args.maps, dpi=150)
+        maps_figure(json.loads(Path(args.out, SALIENT_MAPS).read_text())).savefig(args.maps, dpi=150)
     hint = None if args.quiet else f"ptq161 quantize {shlex.quote(args.out)} OUT"
     return _print(args, result, lambda out: tables.show_preprocessed(out, result, hint))
 
