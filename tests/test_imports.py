@@ -15,7 +15,8 @@ ALLOWED = {
     # the algorithm: tensors in, tensors out
     "errors": "",
     "config": "",
-    "machine": "",
+    "ranks": "",
+    "machine": "ranks",
     "binarize": "config",
     "packing": "binarize",
     "layout": "packing binarize",
@@ -25,17 +26,19 @@ ALLOWED = {
     "compensation": "mixed latent binarize",
     "allocation": "budget layout packing binarize config",
     "space": "",
-    "blocks": "space",
+    "blocks": "ranks space",
     "discovery": "blocks budget space",
     "dense": "discovery",
-    "sensitivity": "dense discovery blocks space mixed binarize budget",
-    "fit": "latent blocks binarize config machine",
+    "sensitivity": "ranks dense discovery blocks space mixed binarize budget",
+    "fit": "ranks latent blocks binarize config machine",
     "methods": "fit compensation mixed latent blocks binarize config",  # never linear, never kernels
-    "walk": "methods fit latent sensitivity allocation dense discovery blocks space budget layout packing binarize "
-    "config",
+    "walk": "ranks methods fit latent sensitivity allocation dense discovery blocks space budget layout packing "
+    "binarize config",
     "baselines": "methods dense discovery blocks space",
+    "gguf_export": "",
+    "llamacpp": "gguf_export blocks discovery config",
     "student": "fit latent config",
-    "distill": "student fit config",
+    "distill": "ranks student fit config",
     # running packed models
     "kernels": "packing binarize",
     "linear": "kernels layout packing binarize",
@@ -50,14 +53,14 @@ ALLOWED = {
     "verify": "foreign folder layout packing",
     "saving": "contents folder layout packing",
     "hf": "attention saving verify vocabulary contents foreign folder linear kernels layout packing machine config",
-    "checkpoint": "dense blocks space latent layout binarize",
+    "checkpoint": "ranks dense blocks space latent layout binarize",
     # text and models from outside
     "hub": "",
     "selftext": "",
     "data": "hub selftext config",
     "sources": "dense contents hf foreign hub config",
     # commands
-    "evaluate": "data hf linear kernels packing binarize machine baselines discovery blocks foreign hub",
+    "evaluate": "ranks data hf linear kernels packing binarize machine baselines discovery blocks foreign hub",
     "generation": "data",
     "chat": "generation",
     "handlers": "chat generation data",
@@ -70,11 +73,12 @@ ALLOWED = {
     "checkpoint folder config machine",
     "inspection": "sources hf vocabulary saving contents foreign folder discovery blocks allocation layout packing "
     "config",
-    "tuning": "distill student walk dense discovery blocks checkpoint machine config",
+    "tuning": "ranks distill student walk dense discovery blocks checkpoint machine config",
     "preflight": "methods tuning walk config",
-    "records": "walk folder config",
-    "pipeline": "walk tuning preflight records methods dense space checkpoint hf vocabulary inspection sources data "
-    "layout config machine",
+    "records": "ranks walk folder config",
+    "blockwise": "ranks walk records checkpoint space layout config",
+    "pipeline": "ranks blockwise walk tuning preflight records methods dense space checkpoint hf vocabulary "
+    "inspection sources data layout config machine",
     "contenders": "pipeline baselines methods inspection hf dense folder config",
     "ground": "contenders records checkpoint sources data config",
     "compare": "ground contenders evaluate checkpoint data machine",
@@ -96,6 +100,7 @@ THIRD_PARTY = {
     "foreign": "",
     "layout": "",
     "budget": "",
+    "ranks": "torch",
     "machine": "torch",
     "binarize": "torch jaxtyping",
     "adapters": "torch jaxtyping",
