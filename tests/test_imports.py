@@ -77,7 +77,7 @@ ALLOWED = {
     "records": "walk folder config",
     "pipeline": "walk tuning preflight records methods dense space checkpoint hf vocabulary inspection sources data "
     "layout config machine",
-    "contenders": "pipeline baselines methods inspection hf dense folder config",
+    "contenders": "llamacpp pipeline baselines methods inspection hf dense folder config",
     "compare": "contenders evaluate records checkpoint sources data config machine",
     "report": "",
     "shapes": "inspection allocation discovery methods config",
