@@ -3,15 +3,16 @@
 import hashlib
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPOSITORY
-from honest_bits import block_bits, packed_bits
+from honest_bits import block_bits, llamacpp_bits, packed_bits
 from transformers import AutoModelForCausalLM
 
-from ptq161 import arguments, cli, contenders
+from ptq161 import arguments, cli, contenders, llamacpp, tables, terminal
 from ptq161.compare import compare, read_rows
 from ptq161.config import PRESETS, CalibrationConfig
 from ptq161.contenders import FULL_PRECISION, contender
@@ -22,6 +23,7 @@ from ptq161.evaluate.perplexity import perplexity
 from ptq161.ground import RESULTS, Settings
 from ptq161.hf import load
 from ptq161.linear import PackedLinear
+from ptq161.llamacpp import LIBRARIES
 from ptq161.methods import BASELINES
 from ptq161.methods.rtn import RoundToNearest
 from ptq161.sources import open_dense, open_model
@@ -147,6 +149,11 @@ def check_bits(row, shapes, blocks):
     weights = blocks * sum(rows * cols for shared in shapes.values() for rows, cols in shared)
     assert row["quantized_weights"] == weights
     assert row["bits_per_weight"] == sum(row["bits_by_part"].values()) / weights
+    if row["method"].startswith("llamacpp:"):
+        kind, widths = row["method"].partition(":")[2], row["config"]["padded_widths"]
+        assert sum(row["bits_by_part"].values()) == llamacpp_bits(kind, widths, blocks)
+        assert {2 * widths["hidden"], widths["inner"]} <= {1536}, "those of SmolLM2"
+        return
     if row["layers"] is None:
         assert sum(row["bits_by_part"].values()) == blocks * block_bits(row["method"], shapes)
         return
@@ -165,7 +172,7 @@ COMMITTED = sorted((REPOSITORY / "benchmarks" / "results").glob("compare-*smollm
 def test_committed_rows_have_the_bits_that_their_shapes_give():
     rows = [json.loads(line) for path in COMMITTED for line in path.read_text().splitlines()]
     quantized = [row for row in rows if row["status"] == "ok" and row["method"] != FULL_PRECISION]
-    assert len(quantized) >= 10
+    assert quantized
     for row in quantized:
         check_bits(row, SMOLLM2, blocks=30)
 
@@ -291,6 +298,23 @@ def test_tasks_are_measured_on_every_row(tmp_path, settings, llama_folder):
 # Trouble
 
 
+@pytest.mark.skipif(not any(map(find_spec, LIBRARIES)), reason="no llama.cpp is installed")
+def test_llamacpp_is_padded_and_says_so(tmp_path, settings, llama_folder, capsys):
+    result = compare(str(llama_folder), tmp_path / "out", replace(settings, methods=("llamacpp:Q2_K",)))
+    row = result["rows"][1]
+    assert row["status"] == "ok" and row["bits_by_part"].keys() == {"codes", "padding"}
+    assert row["claimed_bits"] < 3.5 < row["bits_per_weight"]
+    assert row["file_bytes"] == next((tmp_path / "out").rglob("llamacpp,Q2_K.gguf")).stat().st_size
+    tables.show_compared(terminal.console(), result)
+    assert "llamacpp:Q2_K is padded" in capsys.readouterr().out
+
+
+def test_without_llamacpp_its_row_is_skipped(tmp_path, settings, llama_folder, monkeypatch):
+    monkeypatch.setattr(llamacpp, "find_spec", lambda name: None)
+    rows = compare(str(llama_folder), tmp_path / "out", replace(settings, methods=("llamacpp:IQ1_S",)))["rows"]
+    assert rows[1]["status"] == "skipped" and 'pip install "ptq161[llamacpp]"' in rows[1]["reason"]
+
+
 def test_a_method_that_cannot_take_the_model_says_why_and_the_others_go_on(tmp_path, settings, llama_folder):
     """So few weights have no room for 1.61 bits."""
     rows = compare(str(llama_folder), tmp_path / "out", replace(settings, methods=("paper", "rtn-w2")))["rows"]
@@ -349,6 +373,8 @@ def test_text_too_short_for_a_window_ends_the_comparison(tmp_path, settings, lla
         ("gptq-w2:bits=two", "expected int"),
         ("gptq-w2:calibrates_on=full", "unknown setting"),
         ("paper:bits=99", "out of range"),
+        ("llamacpp:IQ1", "did you mean 'IQ1_"),
+        ("llamacpp", "unknown llama.cpp type ''"),
     ],
 )
 def test_methods_that_there_are_not(name, message):

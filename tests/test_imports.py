@@ -79,7 +79,7 @@ ALLOWED = {
     "blockwise": "ranks walk records checkpoint space layout config",
     "pipeline": "ranks blockwise walk tuning preflight records methods dense space checkpoint hf vocabulary "
     "inspection sources data layout config machine",
-    "contenders": "pipeline baselines methods inspection hf dense folder config",
+    "contenders": "llamacpp pipeline baselines methods inspection hf dense folder config",
     "ground": "contenders records checkpoint sources data config",
     "compare": "ground contenders evaluate checkpoint data machine",
     "report": "",

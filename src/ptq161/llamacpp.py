@@ -8,11 +8,12 @@ import ctypes
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -72,20 +73,15 @@ FILE_TYPES = {
 class LlamaCppResult:
     """A model with the weights that llama.cpp's file has, and what storing its linears takes there.
 
-    parts: type -> bits of the weights that there are; "padding" -> bits of the zeros around them.
-    types: type -> linears. padded: whether there are such zeros. library: package and version that quantized.
+    parts: `codes` -> bits of the weights that there are; `padding` -> bits of the zeros around them, if any.
+    config: the settings for the record: types, library, widths without and with padding.
     """
 
     model: PreTrainedModel
     parts: dict[str, int]
     weights: int
-    types: dict[str, int]
     file_bytes: int
-    library: str
-
-    @property
-    def padded(self) -> bool:
-        return "padding" in self.parts
+    config: dict[str, Any]
 
     @property
     def bits_per_weight(self) -> float:
@@ -95,7 +91,7 @@ class LlamaCppResult:
     @property
     def claimed_bits(self) -> float:
         """The same without the padding: what a model of widths that are multiples of 256 takes."""
-        return (sum(self.parts.values()) - self.parts.get("padding", 0)) / self.weights
+        return self.parts["codes"] / self.weights
 
 
 def file_type(name: str) -> Mix:
@@ -138,7 +134,7 @@ def quantize_with_llamacpp(
         spread = torch.nn.functional.pad(matrix[name], (0, weight.shape[1] - linear.in_features))
         coded[name] = Coded(_quantized(quantizer, kind, weight.contiguous().numpy(), spread.numpy()), kind)
         stored = 8 * coded[name].rows.nbytes
-        parts[kind.name] += stored * linear.weight.numel() // weight.numel()
+        parts["codes"] += stored * linear.weight.numel() // weight.numel()
         parts["padding"] += stored - stored * linear.weight.numel() // weight.numel()
         on_block(done * len(blocks) // len(linears), len(blocks))
     write_gguf(model, path, widths, wide, coded)
@@ -148,9 +144,13 @@ def quantize_with_llamacpp(
         model,
         {part: bits for part, bits in parts.items() if bits},
         sum(linear.weight.numel() for linear in linears.values()),
-        dict(Counter(weight.type.name for weight in coded.values())),
         path.stat().st_size,
-        library,
+        {
+            "types": dict(Counter(weight.type.name for weight in coded.values())),
+            "library": library,
+            "widths": asdict(widths),
+            "padded_widths": asdict(wide),
+        },
     )
 
 
