@@ -207,6 +207,8 @@ def add_file(rng: Random, folder: Path) -> str:
         b"{% for i in range(10**9) %}{% endfor %}",
         b'{"weight_map": {"a": "../x.safetensors"}}',
     ])  # fmt: skip
+    if (folder / name).exists() and not (folder / name).is_file():
+        raise OSError("an earlier change left a pipe or a folder there")
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(content)
     return f"added with {content[:20]!r}"

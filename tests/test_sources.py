@@ -6,6 +6,7 @@ import numpy
 import pytest
 import torch
 import transformers
+from accelerate import init_empty_weights
 from families import FAMILIES, build
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -298,3 +299,13 @@ def test_a_dense_model_has_no_packed_mode(llama_folder):
         open_model(llama_folder, mode="packt")
     with pytest.raises(InputError, match="is not a packed ptq161 checkpoint"):
         open_model(llama_folder, mode="packed")
+
+
+def test_weights_are_not_allocated_before_they_are_dropped():
+    """Two terabytes in each matrix of the MLP: to allocate that even for a moment would fail."""
+    config = FAMILIES["llama"]()
+    config.hidden_size, config.intermediate_size = 2**19, 2**20
+    with init_empty_weights(include_buffers=False), sources._EmptyOnMeta():
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert model.model.rotary_emb.inv_freq.isfinite().all(), "what no checkpoint holds has to be there"

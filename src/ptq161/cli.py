@@ -8,11 +8,13 @@ arguments or input, 130 interrupted.
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(arguments)
         if _rank() is not None and args.command not in SHARED:
             raise InputError(f"torchrun can run {' and '.join(SHARED)}; start {args.command} without it")
+        if _rank() == 0:
+            signal.signal(signal.SIGTERM, partial(_ended, KEPT.get(args.command, "")))
         status = COMMANDS[args.command](args)
         sys.stdout.flush()
         return status
@@ -67,6 +71,11 @@ def _fail(message: str, status: int) -> int:
     where = f"rank {_rank()}: " if _rank() else ""
     print(f"ptq161: error: {where}{' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+def _ended(kept: str, *_: object) -> None:
+    """Says why rank 0 stops when torchrun ends it, which it does as soon as another rank has failed."""
+    os._exit(_fail(f"ended by torchrun, because another rank failed{kept}", 1))
 
 
 def _rank() -> int | None:

@@ -187,5 +187,5 @@ def _contact() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise Ptq161Error(
-            f"lost contact with another rank ({error}); finished blocks are kept, the same command continues"
+            f"lost contact with another rank ({error}); what was finished is kept, give the same command again"
         ) from error
