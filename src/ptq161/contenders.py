@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptq161 import llamacpp, pipeline
 from ptq161.baselines import apply_baseline
@@ -41,6 +41,7 @@ class Subject:
     path: str
     preprocessing: str | None
     dense: DenseModel
+    tokenizer: PreTrainedTokenizerBase
     calibration: CalibrationConfig
     samples: Int64[Tensor, "samples seq"]
     device: torch.device

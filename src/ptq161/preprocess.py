@@ -4,6 +4,7 @@ The model is quantized once, adapters are trained to restore it, and the two are
 is not for use as it is: it is to be quantized again, by any method.
 """
 
+import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,8 @@ from ptq161.records import fingerprint
 from ptq161.restoration import Restoration
 from ptq161.sources import open_dense
 from ptq161.walk import OnProgress, Progress
+
+SALIENT_MAPS = "salient_maps.json"  # in OUT: what `report.maps` draws
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ def preprocess(
         try:
             record = {"model": str(model), "text": list(text), **_run(task, work)}
             record["timing"]["seconds"] = time.monotonic() - began
+            (work.result / SALIENT_MAPS).write_text(json.dumps(record.pop("maps")))
             write_json(work.result / RUN, record)
             work.publish()
         except (OSError, SafetensorError) as error:
