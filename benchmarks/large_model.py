@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--preset", default="fast")
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seqlen", type=int, default=32)
+    parser.add_argument("--allocation", choices=("fisher", "uniform"), default="fisher", help="uniform: half the time")
     parser.add_argument("--limit", type=float, default=4.0, help="address space in GiB; 0 for none")
     parser.add_argument("--offload", action="store_true", help="keep streams in files")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
@@ -136,6 +137,7 @@ def quantize(args: argparse.Namespace, blocks: int) -> dict[str, Any]:
         "samples": args.samples,
         "seqlen": args.seqlen,
         "epochs": 1,
+        "allocation": args.allocation,
         "offload": args.work if args.offload else None,
     }
     planned = pipeline.plan(folder, **settings)
@@ -169,6 +171,9 @@ def quantize(args: argparse.Namespace, blocks: int) -> dict[str, Any]:
         "quantized_weights": result["quantized_weights"],
         "bits_per_weight": result["bits_per_weight"],
         "preset": args.preset,
+        "allocation": args.allocation,
+        "samples": args.samples,
+        "seqlen": args.seqlen,
         "address_space_bytes": last["VmPeak"],
         "predicted_bytes": planned["peak_memory_bytes"],
         "anonymous_bytes": peaks["RssAnon"],

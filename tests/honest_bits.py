@@ -52,6 +52,21 @@ def block_bits(method: str, inputs: Mapping[int, Sequence[Shape]]) -> int:
     }[name]()
 
 
+LLAMACPP_BITS = {"IQ1_S": 1.5625, "IQ2_XXS": 2.0625, "Q2_K": 2.625}
+
+
+def llamacpp_bits(kind: str, widths: Mapping[str, int], blocks: int) -> float:
+    """Bits of all linears of an IQ1_S or IQ2_XXS file with these widths, which are multiples of 256."""
+    hidden, inner = widths["hidden"], widths["inner"]
+    queries, keys = widths["heads"] * widths["head"], widths["kv_heads"] * widths["head"]
+    assert not any(width % 256 for width in (hidden, inner, queries)) and widths["heads"] < 4 * widths["kv_heads"]
+    base, second = LLAMACPP_BITS[kind], LLAMACPP_BITS["Q2_K"]
+    block = base * (hidden * queries + hidden * keys + 2 * hidden * inner)  # query, key, gate, up
+    block += second * hidden * keys + LLAMACPP_BITS["IQ2_XXS"] * hidden * queries  # value, output
+    early = blocks // 8
+    return blocks * block + hidden * inner * (early * second + (blocks - early) * base)
+
+
 CODES_PER_BYTE = {"1bit": 8, "ternary": 5, "4bit": 2}
 
 

@@ -3,24 +3,27 @@
 import hashlib
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPOSITORY
-from honest_bits import block_bits, packed_bits
+from honest_bits import block_bits, llamacpp_bits, packed_bits
 from transformers import AutoModelForCausalLM
 
-from ptq161 import arguments, cli, contenders
-from ptq161.compare import RESULTS, Settings, compare, read_rows
+from ptq161 import arguments, cli, contenders, llamacpp, tables, terminal
+from ptq161.compare import compare, read_rows
 from ptq161.config import PRESETS, CalibrationConfig
 from ptq161.contenders import FULL_PRECISION, contender
 from ptq161.data import calibration_tokens, evaluation_tokens
 from ptq161.errors import InputError
 from ptq161.evaluate.drift import block_errors, block_outputs
 from ptq161.evaluate.perplexity import perplexity
+from ptq161.ground import RESULTS, Settings
 from ptq161.hf import load
 from ptq161.linear import PackedLinear
+from ptq161.llamacpp import LIBRARIES
 from ptq161.methods import BASELINES
 from ptq161.methods.rtn import RoundToNearest
 from ptq161.sources import open_dense, open_model
@@ -52,6 +55,7 @@ def settings(calibration_file, evaluation_file):
         ppl=(str(evaluation_file),),
         window=32,
         max_windows=3,
+        tasks=None,
         preprocessed=None,
         device=torch.device("cpu"),
         dtype=torch.float32,
@@ -145,6 +149,11 @@ def check_bits(row, shapes, blocks):
     weights = blocks * sum(rows * cols for shared in shapes.values() for rows, cols in shared)
     assert row["quantized_weights"] == weights
     assert row["bits_per_weight"] == sum(row["bits_by_part"].values()) / weights
+    if row["method"].startswith("llamacpp:"):
+        kind, widths = row["method"].partition(":")[2], row["config"]["padded_widths"]
+        assert sum(row["bits_by_part"].values()) == llamacpp_bits(kind, widths, blocks)
+        assert {2 * widths["hidden"], widths["inner"]} <= {1536}, "those of SmolLM2"
+        return
     if row["layers"] is None:
         assert sum(row["bits_by_part"].values()) == blocks * block_bits(row["method"], shapes)
         return
@@ -163,7 +172,7 @@ COMMITTED = sorted((REPOSITORY / "benchmarks" / "results").glob("compare-*smollm
 def test_committed_rows_have_the_bits_that_their_shapes_give():
     rows = [json.loads(line) for path in COMMITTED for line in path.read_text().splitlines()]
     quantized = [row for row in rows if row["status"] == "ok" and row["method"] != FULL_PRECISION]
-    assert len(quantized) >= 10
+    assert quantized
     for row in quantized:
         check_bits(row, SMOLLM2, blocks=30)
 
@@ -205,13 +214,14 @@ def checksums(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).iterdir()}
 
 
-def test_the_model_is_left_as_it_is(tmp_path, settings, llama_folder):
+def test_the_model_is_left_as_it_is(tmp_path, settings, llama_folder, tokenizer):
     """Weights are mapped from its files, and methods write into theirs."""
     before = checksums(llama_folder)
     subject = contenders.Subject(
         path=str(llama_folder),
         preprocessing=None,
         dense=open_dense(llama_folder)[0],
+        tokenizer=tokenizer,
         calibration=settings.calibration,
         samples=torch.arange(48).view(2, 24),
         device=settings.device,
@@ -269,7 +279,40 @@ def test_self_and_preprocessed_do_not_go_together(tmp_path, settings, llama_fold
         compare(str(llama_folder), tmp_path / "out", both)
 
 
+def test_tasks_are_measured_on_every_row(tmp_path, settings, llama_folder):
+    def measure(model, tokenizer, on_request):
+        on_request(1, 1)
+        return {"piqa": {"acc": float(model.get_input_embeddings().weight.numel() == len(tokenizer) * 32), "n": 1}}
+
+    steps = []
+    settings = replace(settings, methods=("rtn-w2",), tasks={"names": ["piqa"], "limit": 1})
+    rows = compare(
+        str(llama_folder), tmp_path / "out", settings, measure_tasks=measure, on_step=lambda *step: steps.append(step)
+    )["rows"]
+    assert [row["tasks"] for row in rows] == [{"piqa": {"acc": 1.0, "n": 1}}] * 2
+    assert ("rtn-w2", "request", 1, 1) in steps
+    with pytest.raises(InputError, match=r"tasks\.limit: 1 -> 2"):
+        compare(str(llama_folder), tmp_path / "out", replace(settings, tasks={"names": ["piqa"], "limit": 2}))
+
+
 # Trouble
+
+
+@pytest.mark.skipif(not any(map(find_spec, LIBRARIES)), reason="no llama.cpp is installed")
+def test_llamacpp_is_padded_and_says_so(tmp_path, settings, llama_folder, capsys):
+    result = compare(str(llama_folder), tmp_path / "out", replace(settings, methods=("llamacpp:Q2_K",)))
+    row = result["rows"][1]
+    assert row["status"] == "ok" and row["bits_by_part"].keys() == {"codes", "padding"}
+    assert row["claimed_bits"] < 3.5 < row["bits_per_weight"]
+    assert row["file_bytes"] == next((tmp_path / "out").rglob("llamacpp,Q2_K.gguf")).stat().st_size
+    tables.show_compared(terminal.console(), result)
+    assert "llamacpp:Q2_K is padded" in capsys.readouterr().out
+
+
+def test_without_llamacpp_its_row_is_skipped(tmp_path, settings, llama_folder, monkeypatch):
+    monkeypatch.setattr(llamacpp, "find_spec", lambda name: None)
+    rows = compare(str(llama_folder), tmp_path / "out", replace(settings, methods=("llamacpp:IQ1_S",)))["rows"]
+    assert rows[1]["status"] == "skipped" and 'pip install "ptq161[llamacpp]"' in rows[1]["reason"]
 
 
 def test_a_method_that_cannot_take_the_model_says_why_and_the_others_go_on(tmp_path, settings, llama_folder):
@@ -330,6 +373,8 @@ def test_text_too_short_for_a_window_ends_the_comparison(tmp_path, settings, lla
         ("gptq-w2:bits=two", "expected int"),
         ("gptq-w2:calibrates_on=full", "unknown setting"),
         ("paper:bits=99", "out of range"),
+        ("llamacpp:IQ1", "did you mean 'IQ1_"),
+        ("llamacpp", "unknown llama.cpp type ''"),
     ],
 )
 def test_methods_that_there_are_not(name, message):
@@ -437,6 +482,9 @@ def test_options_go_over_quick_over_the_full_ones():
         "methods": ("rtn-w2", "fast:epochs=1"),
     }
     assert parsed("o", "--seqlen", "64")["window"] == 64
+    assert full["tasks"] is None
+    words = ("--tasks", "piqa,arc_easy", "--limit", "300", "--task-data", "d")
+    assert parsed("o", *words)["tasks"] == {"names": ["piqa", "arc_easy"], "data": "d", "limit": 300, "shots": None}
 
 
 def test_the_command_refuses_what_makes_no_sense(capsys):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ptq161 import cli
-from ptq161.arguments import parse, preprocess_settings, quantize_settings
+from ptq161.arguments import compare_settings, parse, preprocess_settings, quantize_settings
 from ptq161.binarize import FOUR_BIT, ONE_BIT, ColumnGroup, QuantizedWeight
 from ptq161.linear import PackedLinear
 from ptq161.packing import pack
@@ -48,13 +48,16 @@ def test_every_command_on_a_page_is_one_that_exists(page: Path) -> None:
         parsed = parse(arguments)
         if arguments[0] == "quantize":
             quantize_settings(parsed)
+        if arguments[0] == "compare":
+            compare_settings(parsed)
         if arguments[0] == "preprocess":
             preprocess_settings(parsed)
 
 
 def test_readme_has_commands() -> None:
     names = {arguments[0] for arguments in commands(REPOSITORY / "README.md")}
-    assert names == {"quantize", "preprocess", "compare", "eval", "inspect", "verify", "generate", *CONVERSING}
+    expected = {"quantize", "preprocess", "compare", "report", "eval", "inspect", "verify", "generate", *CONVERSING}
+    assert names == expected
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
@@ -87,19 +90,21 @@ def test_readme_runs_from_quantize_to_generate(
     tiny = {
         "quantize": TINY,
         "preprocess": ["--steps", "2", "--seqlen", "16"],
+        "compare": ["--methods", "rtn-w2", "--samples", "2", "--seqlen", "16", "--window", "32"],
         "eval": ["--seqlen", "32"],
         "generate": ["--max-new-tokens", "4"],
     }
     ran = []
     for arguments in commands(REPOSITORY / "README.md"):
-        if not any("my-model" in argument for argument in arguments):
+        if not any("my-model" in argument or "comparison" in argument for argument in arguments):
             continue  # the demo's own folder
         if arguments[0] in CONVERSING:
             continue
         shortened = [replaced.get(argument, argument) for argument in arguments] + tiny.get(arguments[0], [])
         assert cli.main(shortened) == 0, capsys.readouterr().err
         ran.append(arguments[0])
-    assert ran == ["quantize", "quantize", "eval", "inspect", "verify", "generate", "preprocess", "quantize"]
+    first = ["quantize", "quantize", "eval", "inspect", "verify", "generate"]
+    assert ran == [*first, "preprocess", "quantize", "compare", "report"]
     for code in blocks(REPOSITORY / "README.md", "python"):
         exec(compile(code, "README.md", "exec"), {})
 

@@ -212,17 +212,22 @@ def _eval_arguments(parser: _Parser) -> None:
     add("--seqlen", type=int, default=2048, metavar="L", help="tokens of a window (default 2048)")
     add("--max-windows", type=int, metavar="N", help="only the first N windows of each text")
     add("--bos", action="store_true", help="put the BOS token before each window and each task's prompt")
+    _task_arguments(parser)
+    add("--seed", type=int, default=0, metavar="S", help="of drawing these examples (default 0)")
+    _mode_argument(parser)
+    add("--out", type=Path, metavar="results.jsonl", help="append the result as a row")
+    _activations_argument(parser, "float32")
+    _device_arguments(parser)
+
+
+def _task_arguments(parser: _Parser) -> None:
+    add = parser.add_argument
     add("--tasks", type=_names, default=[], metavar="A,B", help="of lm-evaluation-harness: piqa,arc_easy,mmlu,...")
     add(
         "--task-data", type=Path, metavar="DIR", help="the tasks' JSON lines (docs/tasks.md), instead of the hub's data"
     )
     add("--limit", type=int, metavar="N", help="only the first N items of each task")
     add("--shots", type=int, metavar="N", help="examples in each prompt (default: as the task's definition has it)")
-    add("--seed", type=int, default=0, metavar="S", help="of drawing these examples (default 0)")
-    _mode_argument(parser)
-    add("--out", type=Path, metavar="results.jsonl", help="append the result as a row")
-    _activations_argument(parser, "float32")
-    _device_arguments(parser)
 
 
 def _compare_arguments(parser: _Parser) -> None:
@@ -243,6 +248,8 @@ def _compare_arguments(parser: _Parser) -> None:
     add("--seqlen", type=int, metavar="L", help="tokens of each sample (default 2048; quick: 256)")
     add("--window", type=int, metavar="L", help="tokens of an evaluation window (default: as --seqlen; quick: 512)")
     add("--max-windows", type=int, metavar="N", help="only the first N windows of each text (default: all; quick: 16)")
+    _task_arguments(parser)
+    parser.set_defaults(bos=False)  # which only `eval` can put before prompts
     add("--seed", type=int, default=0, metavar="S", help="of sampling and learning")
     add("--preprocessed", metavar="DIR", help="a second model: every method gets another row on it")
     add("--quick", action="store_true", help="little text and few epochs: a first look, minutes for a small model")
@@ -371,7 +378,9 @@ def compare_settings(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--methods has {twice[0]!r} twice: give each once")
     calibration = {"sources": args.calib, "samples": settings.pop("samples"), "seqlen": settings.pop("seqlen")}
     settings["calibration"] = CalibrationConfig().replaced(calibration | {"seed": args.seed})
-    return settings | {"ppl": tuple(args.ppl), "preprocessed": args.preprocessed}
+    data = None if args.task_data is None else str(args.task_data)
+    tasks = {"names": args.tasks, "data": data, "limit": args.limit, "shots": args.shots} if args.tasks else None
+    return settings | {"ppl": tuple(args.ppl), "preprocessed": args.preprocessed, "tasks": tasks}
 
 
 def preprocess_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ptq161 import ranks
 from ptq161.errors import NonFiniteError, UnsupportedModel
 from ptq161.space import MEMORY, Space
 
@@ -74,10 +75,16 @@ class InputStats:
         self.square_sum += magnitude.square().sum(dim=0)
         self.tokens += magnitude.shape[0]
 
+    def combine(self) -> None:
+        """Take in what the other ranks have seen."""
+        ranks.greatest(self.absmax)
+        ranks.add(self.abs_sum, self.square_sum)
+        self.tokens = int(ranks.total(self.tokens)[0])
+
 
 @dataclass(frozen=True)
 class BlockTask:
-    """All that a method may see of one decoder block. Streams are float32 (samples, seq, hidden).
+    """All that a method may see of one decoder block. Streams are float32 (samples, seq, hidden), this rank's share.
 
     linears: name inside the block -> module, in order of definition.
     columns_from: linear -> earlier linear that sees the same input, where there is one.
@@ -85,7 +92,7 @@ class BlockTask:
     quantized_in: the quantized stream into the block (X_q of Eq. 7).
     full_out: the original block on the full-precision stream, F(X, W).
     local_out: the original block on the quantized stream, F(X_q, W).
-    stats: input statistics of each linear over the full-precision stream.
+    stats: input statistics of each linear over the full-precision stream, of all ranks.
     widths: linear -> code width and number of channels of each of its column groups, as the budget has it.
     space: where the method's own stream goes.
     """
@@ -154,11 +161,11 @@ def watch_inputs(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, InputSt
 def second_moments(
     task: BlockTask, name: str, weights: Mapping[str, Tensor]
 ) -> tuple[Float[Tensor, "cols cols"], Float[Tensor, "cols cols"]]:
-    """(sum of y y^T, sum of x y^T) over all tokens, float32: x and y are what reaches a linear on the two streams.
+    """(sum of y y^T, sum of x y^T) over all tokens of all ranks, float32.
 
-    x: on the full-precision stream through the original block; y: on the quantized stream, with `weights` (parameter
-    name -> tensor) in place of the block's own. Where not every token reaches the linear (an expert), tokens do not
-    correspond, and x is taken to be y. Raises NonFiniteError naming block and linear.
+    x and y are what reaches a linear: x on the full-precision stream through the original block, y on the quantized
+    stream, with `weights` (parameter name -> tensor) in place of the block's own. Where not every token reaches the
+    linear (an expert), tokens do not correspond, and x is taken to be y. Raises NonFiniteError naming block and linear.
     """
     linear = task.linears[name]
     assert task.full_in is not None
@@ -170,6 +177,7 @@ def second_moments(
         moments.addmm_(quantized.T, quantized)
         paired = len(full) == len(quantized) == len(hidden)
         cross.addmm_((full if paired else quantized).T, quantized)
+    ranks.add(moments, cross)
     if not (moments.isfinite().all() and cross.isfinite().all()):
         raise NonFiniteError(f"the input of {name} in block {task.index} is not finite on the quantized stream.")
     return moments, cross

@@ -1,7 +1,8 @@
 """Work in progress on disk: `OUT.partial` beside OUT, one file per finished block, the streams, a lock.
 
 Every file appears by write, fsync, rename, so that whatever kills the process leaves either the old file or the new
-one. The finished folder replaces OUT in one rename.
+one. The finished folder replaces OUT in one rename. Of several ranks, the first does all of that, but each keeps its
+own streams.
 """
 
 import fcntl
@@ -9,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ptq161 import ranks
 from ptq161.binarize import CODE_WIDTHS
 from ptq161.blocks import Streams
 from ptq161.dense import Place, StoredTensors
@@ -37,16 +39,21 @@ class WorkFolder:
 
     @contextmanager
     def open(self, job: Mapping[str, Any], *, restart: bool) -> Iterator[None]:
-        """Take the folder for this job: start it, or continue one with the same settings.
+        """Take the folder for this job: start it, or continue one with the same settings. Rank 0 takes it for all.
 
         Raises InputError if another process holds it, or if it belongs to different settings (naming what differs).
         """
-        existed = self.path.exists()
-        with locked(self.path, f"another process is quantizing into {self.out}"):
-            if restart and self._job.exists():
-                self._clear()
-            self._claim(json.loads(json.dumps(job)), existed)
+        with ExitStack() as held:
+            ranks.from_first(lambda: self._take(held, job, restart=restart))
             yield
+
+    def _take(self, held: ExitStack, job: Mapping[str, Any], *, restart: bool) -> None:
+        """Lock the folder for as long as `held` is open, and put it under the job's name or check that it is."""
+        existed = self.path.exists()
+        held.enter_context(locked(self.path, f"another process is quantizing into {self.out}"))
+        if restart and self._job.exists():
+            self._clear()
+        self._claim(json.loads(json.dumps(job)), existed)
 
     def _claim(self, job: dict[str, Any], existed: bool) -> None:
         if self._job.exists():
@@ -110,17 +117,20 @@ class WorkFolder:
         return load_file(self._distillation) if self._distillation.exists() else None
 
     def save_streams(self, streams: Streams) -> None:
-        """Keep the streams into the next block; from now on a continued run starts there."""
+        """Keep this rank's streams into the next block; once all ranks have, a continued run starts there."""
         tensors = {"full": streams.full.contiguous(), "quantized": streams.quantized.contiguous()}
-        metadata = {"next_block": str(streams.next_block)}
-        write_atomically(self._streams, lambda path: save_file(tensors, path, metadata))
+        write_atomically(self._streams(streams.next_block), lambda path: save_file(tensors, path))
+        ranks.gathered(streams.next_block)
+        for before in self._saved_streams() - {streams.next_block}:
+            self._streams(before).unlink()
 
     def load_streams(self, space: Space) -> Streams | None:
-        """The streams of an interrupted run, in `space`, or None at its start."""
-        if not self._streams.exists():
+        """This rank's streams of an interrupted run, in `space`, or None at its start."""
+        common = set.intersection(*ranks.gathered(self._saved_streams()))
+        if not common:
             return None
-        with safe_open(self._streams, framework="pt") as file:
-            next_block = int(file.metadata()["next_block"])
+        next_block = max(common)
+        with safe_open(self._streams(next_block), framework="pt") as file:
             full, quantized = (space.copy(file.get_tensor(name)) for name in ("full", "quantized"))
         return Streams(next_block, full, quantized)
 
@@ -185,9 +195,13 @@ class WorkFolder:
     def _layout(self) -> Path:
         return self.path / "layout.json"
 
-    @property
-    def _streams(self) -> Path:
-        return self.path / "streams.safetensors"
+    def _streams(self, next_block: int) -> Path:
+        return self.path / f"streams-{next_block:05}-{ranks.rank():05}.safetensors"
+
+    def _saved_streams(self) -> set[int]:
+        """The blocks into which this rank has its streams: two if not all ranks had theirs when the run ended."""
+        files = self.path.glob(f"streams-*-{ranks.rank():05}.safetensors")
+        return {int(path.name.split("-")[1]) for path in files}
 
 
 @contextmanager

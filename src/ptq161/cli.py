@@ -6,6 +6,7 @@ arguments or input, 130 interrupted.
 """
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -19,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 import ptq161
 from ptq161.arguments import compare_settings, parse, preprocess_settings, quantize_settings
 from ptq161.config import Head, QuantConfig
-from ptq161.errors import InputError, Ptq161Error
+from ptq161.errors import FailedElsewhere, InputError, Ptq161Error
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ptq161.compare import MeasureTasks
     from ptq161.generation import Sampling
 
 
@@ -42,12 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         args = parse(arguments)
+        if _rank() is not None and args.command not in SHARED:
+            raise InputError(f"torchrun can run {' and '.join(SHARED)}; start {args.command} without it")
         status = COMMANDS[args.command](args)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         kept = "".join(KEPT.get(command, "") for command in arguments[:1])
         return _fail(f"interrupted{kept}", 130)
+    except FailedElsewhere as error:
+        return error.exit_code
     except Ptq161Error as error:
         _debug(arguments)
         return _fail(str(error), error.exit_code)
@@ -58,8 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"ptq161: error: {' '.join(message.split())}", file=sys.stderr)
+    where = f"rank {_rank()}: " if _rank() else ""
+    print(f"ptq161: error: {where}{' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+def _rank() -> int | None:
+    """The number of this process among those that torchrun started; None without torchrun."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def _debug(arguments: Sequence[str]) -> None:
@@ -70,15 +82,19 @@ def _debug(arguments: Sequence[str]) -> None:
 def _quantize(args: Namespace) -> int:
     keywords = quantize_settings(args) | {"blocks": args.blocks, "device": args.device, "dtype": args.dtype}
     keywords["offload"] = args.offload
-    from ptq161 import meters, pipeline, tables, terminal
+    from ptq161 import meters, pipeline, ranks, tables, terminal
 
-    with terminal.quiet_libraries(debug=args.debug):
+    with terminal.quiet_libraries(debug=args.debug), ranks.joined(args.device):
         if args.dry_run:
             plan = pipeline.plan(args.model, **keywords)
             return _print(args, plan, lambda out: tables.show_plan(out, plan))
-        meter = meters.QuantizeMeter(quiet=args.quiet)
+        meter = meters.QuantizeMeter(quiet=args.quiet or not ranks.first())
         with meter:
             meter.line(f"reading {args.model} and the calibration text")
+            if ranks.count() > 1:
+                meter.line(
+                    f"{ranks.count()} ranks share the samples; steps of one sample (batch_size=1) are not shared"
+                )
             result = pipeline.quantize(
                 args.model, args.out, overwrite=args.overwrite, restart=args.restart, on_progress=meter, **keywords
             )
@@ -119,29 +135,34 @@ def _eval(args: Namespace) -> int:
     if not args.ppl and not args.tasks:
         raise InputError("eval needs something to measure: --ppl SOURCE, --tasks NAMES, or both")
     began = time.monotonic()
-    from ptq161 import data, machine, meters, tables, terminal
+    from ptq161 import data, machine, meters, ranks, tables, terminal
     from ptq161.evaluate.perplexity import perplexity
     from ptq161.hf import is_packed
     from ptq161.inspection import inspect
 
-    with terminal.quiet_libraries(debug=args.debug):
-        for source in args.ppl:
-            data.parse_source(source)
-        measure_tasks = _tasks(args)
-        record = _recorded(Path(args.path)) if is_packed(args.path) else ({}, {})
-        model, tokenizer = _open(args)
-        if args.bos and tokenizer.bos_token_id is None:
-            raise InputError(f"--bos: the tokenizer of {args.path} has no BOS token; leave --bos out")
-        bos = tokenizer.bos_token_id if args.bos else None
-        texts = {source: data.evaluation_tokens(source, tokenizer) for source in args.ppl}
+    with terminal.quiet_libraries(debug=args.debug), ranks.joined(args.device):
+        with ranks.first_goes_first():
+            for source in args.ppl:
+                data.parse_source(source)
+            measure_tasks = _tasks(args)
+            record = _recorded(Path(args.path)) if is_packed(args.path) else ({}, {})
+            model, tokenizer = _open(args)
+            if args.bos and tokenizer.bos_token_id is None:
+                raise InputError(f"--bos: the tokenizer of {args.path} has no BOS token; leave --bos out")
+            bos = tokenizer.bos_token_id if args.bos else None
+            texts = {source: data.evaluation_tokens(source, tokenizer) for source in args.ppl}
         measured = {}
         for source, tokens in texts.items():
-            meter = meters.EvaluationMeter(source, "window", quiet=args.quiet)
+            meter = meters.EvaluationMeter(source, "window", quiet=args.quiet or not ranks.first())
             with meter:
                 measured[source] = perplexity(
                     model, tokens, args.seqlen, bos=bos, max_windows=args.max_windows, on_window=meter
                 )
-        tasks = None if measure_tasks is None else measure_tasks(model, tokenizer)
+        tasks = None
+        if measure_tasks is not None:
+            meter = meters.EvaluationMeter("tasks", "request", quiet=args.quiet or not ranks.first())
+            with meter:
+                tasks = ranks.from_first(lambda: measure_tasks(model, tokenizer, meter))
         sizes = inspect(args.path) if is_packed(args.path) else None
     result = {
         "model": args.path,
@@ -151,7 +172,7 @@ def _eval(args: Namespace) -> int:
         "seconds": time.monotonic() - began,
         "peak_rss_bytes": machine.peak_rss_bytes(),
     }
-    if args.out is not None:
+    if args.out is not None and not _rank():
         _append_row(args, result, sizes, record)
     return _print(args, result, lambda out: tables.show_evaluated(out, result))
 
@@ -160,7 +181,7 @@ def _compare(args: Namespace) -> int:
     settings = compare_settings(args)
     import torch
 
-    from ptq161 import compare, machine, meters, tables, terminal
+    from ptq161 import compare, ground, machine, meters, tables, terminal
 
     device = machine.pick_device(args.device)
     fast = torch.bfloat16 if machine.multiplies_bfloat16(device) else torch.float32
@@ -170,7 +191,8 @@ def _compare(args: Namespace) -> int:
         result = compare.compare(
             args.model,
             args.out,
-            compare.Settings(**settings, device=device, dtype=_dtype(args) or fast),
+            ground.Settings(**settings, device=device, dtype=_dtype(args) or fast),
+            measure_tasks=_tasks(args),
             command=shlex.join(["ptq161", *args.arguments]),
             restart=args.restart,
             on_step=meter,
@@ -181,8 +203,8 @@ def _compare(args: Namespace) -> int:
 def _report(args: Namespace) -> int:
     _require("report", "matplotlib")
     from ptq161 import shapes, terminal
-    from ptq161.compare import CHANNELS, MODELS, RESULTS
     from ptq161.evaluate.channels import width_map
+    from ptq161.ground import CHANNELS, MODELS, RESULTS
     from ptq161.hf import is_packed
     from ptq161.report import comparison, writing
 
@@ -203,21 +225,20 @@ def _report(args: Namespace) -> int:
     return _print(args, result, lambda out: out.print(f"open {result['page']}"))
 
 
-def _tasks(args: Namespace) -> "Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, Any]] | None":
+def _tasks(args: Namespace) -> "MeasureTasks | None":
     """What measures the tasks, their data read already so that a bad file is refused before a model is opened."""
     if not args.tasks:
         return None
     _require("tasks", "lm_eval")
-    from ptq161 import meters
     from ptq161.evaluate import tasks
 
     settings = tasks.TaskSettings(limit=args.limit, shots=args.shots, seed=args.seed, bos=args.bos)
     loaded = tasks.load_tasks(args.tasks, args.task_data, settings)
 
-    def measure(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-        meter = meters.EvaluationMeter("tasks", "request", quiet=args.quiet)
-        with meter:
-            results = tasks.evaluate_tasks(model, tokenizer, loaded, settings, on_request=meter)
+    def measure(
+        model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", on_request: Callable[[int, int], None]
+    ) -> dict[str, Any]:
+        results = tasks.evaluate_tasks(model, tokenizer, loaded, settings, on_request=on_request)
         return {result.task: result.row() for result in results}
 
     return measure
@@ -334,12 +355,15 @@ COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "serve": _serve,
     "bench": _bench,
 }
+SHARED = ("quantize", "eval")  # what several processes can do together
 
 
 def _print(args: Namespace, result: Mapping[str, Any], show: Callable[["Console"], None]) -> int:
-    """Print a result on stdout, as JSON or through `show`, and return the exit code of success."""
+    """Print a result on stdout, as JSON or through `show`, and return the exit code of success; rank 0 alone does."""
     from ptq161 import terminal
 
+    if _rank():
+        return 0
     if args.json:
         print(json.dumps(result, ensure_ascii=False, allow_nan=False))
     else:

@@ -7,10 +7,10 @@ that are not there or were not ok.
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +18,24 @@ import torch
 import transformers
 from jaxtyping import Float, Int64
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import ptq161
 from ptq161 import machine
-from ptq161.checkpoint import differences, locked, write_atomically
-from ptq161.config import CalibrationConfig
+from ptq161.checkpoint import locked, write_atomically
 from ptq161.contenders import FULL_PRECISION, Contender, OnStep, Subject, contender, full_precision
-from ptq161.data import SELF, calibration_tokens, evaluation_tokens, parse_source, shares
+from ptq161.data import parse_source, shares
 from ptq161.errors import InputError, Ptq161Error
 from ptq161.evaluate.channels import channel_magnitudes
 from ptq161.evaluate.drift import block_errors, block_outputs
 from ptq161.evaluate.perplexity import perplexity
-from ptq161.records import fingerprint
-from ptq161.sources import open_dense
+from ptq161.ground import CHANNELS, MODELS, RESULTS, Settings, claim, job, subjects_and_texts
 
-RESULTS, JOB, CHANNELS, MODELS = "results.jsonl", "comparison.json", "channels.json", "models"
 WATCHED_SAMPLES = 4  # calibration samples that channels are measured on, for the report
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a comparison is made on. calibration: of every method. windows: None for all of each text's.
-
-    ppl: the texts to be predicted, as typed. preprocessed: a second model to give every method, besides the original.
-    """
-
-    methods: tuple[str, ...]
-    calibration: CalibrationConfig
-    ppl: tuple[str, ...]
-    window: int
-    max_windows: int | None
-    preprocessed: str | None
-    device: torch.device
-    dtype: torch.dtype
+# Task -> its figures, for a model and its tokenizer; told (requests answered, requests in all).
+MeasureTasks = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Callable[[int, int], None]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -60,13 +44,16 @@ class Evaluation:
 
     texts: Mapping[str, Int64[Tensor, " tokens"]]
     settings: Settings
+    measure_tasks: MeasureTasks | None
     wanted: list[Float[Tensor, "1 window hidden"]]
 
     @property
     def first_window(self) -> Int64[Tensor, " window"]:
         return next(iter(self.texts.values()))[: self.settings.window]
 
-    def __call__(self, model: PreTrainedModel, on_step: OnStep) -> Iterator[tuple[str, Any]]:
+    def __call__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, on_step: OnStep
+    ) -> Iterator[tuple[str, Any]]:
         """Columns of the row, as they are known."""
         settings = self.settings
         yield "block_errors", block_errors(model, self.first_window, self.wanted)
@@ -77,9 +64,11 @@ class Evaluation:
                 tokens,
                 settings.window,
                 max_windows=settings.max_windows,
-                on_window=lambda done, total: on_step("window", done, total),
+                on_window=partial(on_step, "window"),
             )
         yield "perplexity", measured
+        if self.measure_tasks is not None:
+            yield "tasks", self.measure_tasks(model, tokenizer, partial(on_step, "request"))
 
 
 def compare(
@@ -87,14 +76,15 @@ def compare(
     out: str | Path,
     settings: Settings,
     *,
+    measure_tasks: MeasureTasks | None = None,
     command: str | None = None,
     restart: bool = False,
     on_step: Callable[[str, str, int, int], None] = lambda row, what, done, total: None,
 ) -> dict[str, Any]:
     """Make every row of a comparison that its folder does not have yet.
 
-    command: what to type for it, for the rows. restart: drop what is there. on_step: told the row at work, what it is
-    doing, how many steps are done and how many there are.
+    measure_tasks: what `settings.tasks` stands for. command: what to type for it, for the rows. restart: drop what is
+    there. on_step: told the row at work, what it is doing, how many steps are done and how many there are.
 
     A method that cannot take the model gives a row with status `skipped`, one that fails a row with status `failed`,
     both with the reason. Returns the JSON of `ptq161 compare --json`. Raises InputError for a bad argument, or if the
@@ -107,9 +97,9 @@ def compare(
     if not out.parent.is_dir() or (out.exists() and not out.is_dir()):
         raise InputError(f"{out}: expected a folder to be made, or one that an earlier comparison has made")
     with locked(out, f"another process is comparing in {out}"):
-        subjects, texts = _subjects(model, out / MODELS, settings)
-        _claim(out, _job(subjects, texts, settings), restart=restart)
-        evaluation = Evaluation(texts, settings, [])
+        subjects, texts = subjects_and_texts(model, out / MODELS, settings)
+        claim(out, job(subjects, texts, settings), restart=restart)
+        evaluation = Evaluation(texts, settings, measure_tasks, [])
         original = subjects[0].fresh()
         original.to(settings.device, settings.dtype)  # type: ignore[arg-type]
         evaluation = replace(evaluation, wanted=block_outputs(original, evaluation.first_window))
@@ -124,81 +114,10 @@ def compare(
                 if any(_same(row, name, subject) and row["status"] == "ok" for row in rows):
                     continue
 
-                def step(what: str, done: int, total: int, label: str = label) -> None:
-                    on_step(label, what, done, total)
-
-                row = _row(name, made_by, subject, evaluation, step) | {"command": command}
+                row = _row(name, made_by, subject, evaluation, partial(on_step, label)) | {"command": command}
                 kept = [other for other in rows if not _same(other, name, subject)]
                 write_rows(out, [*kept, row])
     return {"model": model, "out": str(out), "rows": read_rows(out)}
-
-
-def _subjects(
-    model: str, folder: Path, settings: Settings
-) -> tuple[list[Subject], dict[str, Int64[Tensor, " tokens"]]]:
-    """The original and, where there is one, the preprocessed model; and the evaluation texts, which both must share."""
-    calibration = settings.calibration
-    itself = SELF in (parse_source(source).name for source in calibration.sources)
-    if itself and settings.preprocessed is not None:
-        raise InputError("--calib self with --preprocessed: each model would sample another text; name a file instead")
-    subjects, read = [], []
-    for path, preprocessing in ((model, None), (settings.preprocessed, settings.preprocessed)):
-        if path is None:
-            continue
-        dense, tokenizer = open_dense(path)
-        samples = calibration_tokens(calibration, tokenizer, dense.whole() if itself else dense.skeleton)
-        read.append({"samples": samples} | {source: evaluation_tokens(source, tokenizer) for source in settings.ppl})
-        kept = folder / ("original" if preprocessing is None else "preprocessed")
-        subjects.append(
-            Subject(path, preprocessing, dense, calibration, samples, settings.device, settings.dtype, kept)
-        )
-    if any(not tokens.equal(read[-1][name]) for name, tokens in read[0].items()):
-        raise InputError(f"{settings.preprocessed} and {model} cut text into different tokens: expected one tokenizer")
-    return subjects, {source: read[0][source] for source in settings.ppl}
-
-
-def _job(
-    subjects: Sequence[Subject], texts: Mapping[str, Int64[Tensor, " tokens"]], settings: Settings
-) -> dict[str, Any]:
-    """What all rows of a comparison have in common; reads all weights once."""
-    calibration = subjects[0].calibration
-    models = {subject.preprocessing or "model": fingerprint(subject.dense.weights) for subject in subjects}
-    return {
-        "model": models.pop("model"),
-        "preprocessed": next(iter(models.values()), None),
-        "calibration": {
-            "sources": list(calibration.sources),
-            "samples": calibration.samples,
-            "seqlen": calibration.seqlen,
-            "seed": calibration.seed,
-            "tokens": fingerprint({"tokens": subjects[0].samples}),
-        },
-        "evaluation": {source: fingerprint({"tokens": tokens}) for source, tokens in texts.items()},
-        "window": settings.window,
-        "max_windows": settings.max_windows,
-        "device": settings.device.type,
-        "dtype": str(settings.dtype).removeprefix("torch."),
-    }
-
-
-def _claim(out: Path, job: Mapping[str, Any], *, restart: bool) -> None:
-    """Start a comparison in a folder, or make sure that the one in there is the same. Raises InputError."""
-    path = out / JOB
-    if restart and path.exists():
-        shutil.rmtree(out / MODELS, ignore_errors=True)
-        for name in (RESULTS, CHANNELS, JOB):
-            (out / name).unlink(missing_ok=True)
-    if path.exists():
-        different = differences(json.loads(path.read_text(encoding="utf-8")), job)
-        if different:
-            raise InputError(
-                f"{out} holds a comparison on other ground ({different}); repeat its settings to continue it, choose "
-                "another folder, or give --restart to drop it"
-            )
-    elif {entry.name for entry in out.iterdir()} - {"lock", f"{JOB}.new"}:
-        raise InputError(f"{out} is no folder of a comparison and not empty: choose another one")
-    else:
-        write_atomically(path, lambda target: target.write_text(json.dumps(job, indent=1), encoding="utf-8"))
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:
@@ -289,5 +208,6 @@ def _columns(
     yield "layers", candidate.layers
     yield "blocks", candidate.blocks
     began = time.monotonic()
-    yield from evaluation(candidate.model.to(subject.device, subject.dtype), on_step)  # type: ignore[arg-type]
+    model = candidate.model.to(subject.device, subject.dtype)  # type: ignore[arg-type]
+    yield from evaluation(model, subject.tokenizer, on_step)
     yield "evaluation_seconds", time.monotonic() - began

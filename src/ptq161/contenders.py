@@ -1,7 +1,7 @@
 """What can stand in a comparison. A contender makes a model out of the original and says what storing it takes.
 
 Named as METHOD[:SETTING=VALUE[:...]]: a preset, whose packed checkpoint is made by the ordinary pipeline, or one of
-BASELINES, whose dense weights replace those of a copy in memory.
+BASELINES, whose dense weights replace those of a copy in memory. `llamacpp:TYPE` is a file of llama.cpp.
 """
 
 import copy
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ptq161 import pipeline
+from ptq161 import llamacpp, pipeline
 from ptq161.baselines import apply_baseline
 from ptq161.config import PRESETS, CalibrationConfig, converted, unknown
 from ptq161.dense import DenseModel
@@ -26,6 +26,7 @@ from ptq161.inspection import inspect
 from ptq161.methods import BASELINES, Baseline
 
 FULL_PRECISION = "full-precision"  # the first row of every comparison
+LLAMACPP = "llamacpp"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Subject:
     path: str
     preprocessing: str | None
     dense: DenseModel
+    tokenizer: PreTrainedTokenizerBase
     calibration: CalibrationConfig
     samples: Int64[Tensor, "samples seq"]
     device: torch.device
@@ -91,6 +93,8 @@ def contender(name: str) -> Contender:
     Raises InputError for a method or setting that there is not.
     """
     method, *pairs = name.split(":")
+    if method == LLAMACPP:
+        return LlamaCppFile(name, llamacpp.file_type(":".join(pairs)))
     settings = dict(_pair(name, pair) for pair in pairs)
     if method in PRESETS:
         pipeline.settings(method, None, None, None, None, settings)  # refuses what there is not
@@ -98,7 +102,7 @@ def contender(name: str) -> Contender:
     if method in BASELINES:
         baseline: Any = BASELINES[method]
         return DenseBaseline(replace(baseline, **converted(type(baseline), settings)))
-    raise InputError(unknown("method", method, [*PRESETS, *BASELINES]))
+    raise InputError(unknown("method", method, [*PRESETS, *BASELINES, f"{LLAMACPP}:TYPE"]))
 
 
 def full_precision(subject: Subject, on_step: OnStep) -> Candidate:
@@ -181,6 +185,33 @@ class DenseBaseline:
             weights=result.weights,
             claimed_bits=self.baseline.claimed_bits,
             blocks=result.blocks,
+        )
+
+
+@dataclass(frozen=True)
+class LlamaCppFile:
+    """What llama.cpp's quantizers make of the model; its GGUF file, without a tokenizer, stays in the folder."""
+
+    name: str
+    mix: llamacpp.Mix
+
+    def __call__(self, subject: Subject, on_step: OnStep) -> Candidate:
+        """Quantize a copy of the model. Raises InputError where there is no llama.cpp, or the model is not for it."""
+        subject.folder.mkdir(parents=True, exist_ok=True)
+        result = llamacpp.quantize_with_llamacpp(
+            subject.fresh(),
+            subject.samples,
+            self.mix,
+            subject.folder / f"{self.name.replace(':', ',')}.gguf",
+            on_block=lambda done, total: on_step("block", done, total),
+        )
+        return Candidate(
+            model=result.model,
+            config=result.config,
+            parts=result.parts,
+            weights=result.weights,
+            claimed_bits=result.claimed_bits,
+            file_bytes=result.file_bytes,
         )
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ptq161 import ranks
 from ptq161.config import QuantConfig
 from ptq161.errors import NonFiniteError
 from ptq161.fit import latent_parameters
@@ -74,16 +75,21 @@ class Distillation:
         share = max(LAST_RATE, 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share * min(1.0, (self.step + 1) / WARM_UP)
-        loss = divergence(self.model, self.student, tokens)
-        if not loss.isfinite():
+        self.optimizer.zero_grad()
+        loss, own = 0.0, ranks.share(tokens)
+        if len(own):
+            part = divergence(self.model, self.student, own) * (len(own) / len(tokens))
+            part.backward()
+            loss = part.item()
+        (loss,) = ranks.total(loss)
+        if not math.isfinite(loss):
             raise NonFiniteError(
                 f"distillation diverged at step {self.step} of {self.steps}; lower distill_lr_latent and "
                 "distill_lr_scale (--set), or give --set distill=off"
             )
-        self.optimizer.zero_grad()
-        loss.backward()
+        ranks.add_gradients(self.student.leaves().values())
         self.optimizer.step()
-        return loss.item()
+        return loss
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a continued run needs, by name."""
@@ -191,8 +197,9 @@ def held_out_count(samples: int) -> int:
 
 @torch.no_grad()
 def held_out_divergence(model: PreTrainedModel, student: Student, samples: Int64[Tensor, "samples seq"]) -> float:
-    """`divergence` averaged over samples that are not learned from."""
-    return sum(divergence(model, student, sample[None]).item() for sample in samples) / len(samples)
+    """`divergence` averaged over samples that are not learned from, of which every rank does its share."""
+    (total,) = ranks.total(sum(divergence(model, student, sample[None]).item() for sample in ranks.share(samples)))
+    return total / len(samples)
 
 
 class _Divergence(torch.autograd.Function):

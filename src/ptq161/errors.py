@@ -34,6 +34,10 @@ class NonFiniteError(Ptq161Error, ArithmeticError):
     """NaN or infinity in weights, activations or a loss; names block, layer and epoch (exit code 1)."""
 
 
+class FailedElsewhere(Ptq161Error):
+    """Of several ranks, another one failed and says why; this one has nothing to add."""
+
+
 def one_line(text: str) -> str:
     """Text that may quote a stranger's file, safe to print: one line, control characters escaped, not too long."""
     text = _cut(" ".join(text.split()))

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ptq161 import ranks
 from ptq161.binarize import ColumnGroup, QuantizedWeight, group_values, reconstruct
 from ptq161.blocks import BlockTask
 from ptq161.config import Compute, Magnitude, QuantConfig
@@ -67,16 +68,17 @@ def objective(
 def measure(
     task: BlockTask, weights: Mapping[str, QuantizedWeight], config: QuantConfig
 ) -> tuple[float, Float[Tensor, "samples seq hidden"]]:
-    """The objective in float32, averaged over the whole calibration set, and the quantized stream out of the block."""
+    """The objective in float32, averaged over the samples of all ranks, and the quantized stream out of the block."""
     dense = weight_arguments({name: reconstruct(weight) for name, weight in weights.items()})
     outputs = task.space.like(task.quantized_in)
-    total = 0.0
+    loss = 0.0
     for index in range(len(outputs)):
         hidden, full_out, local_out = task.sample(index)
         out = task.call(task.block, hidden, dense)
-        total += objective(out, full_out, local_out, config).item()
+        loss += objective(out, full_out, local_out, config).item()
         outputs[index] = out[0]
-    return total / len(outputs), outputs
+    loss, samples = ranks.total(loss, len(outputs))
+    return loss / samples, outputs
 
 
 def fit_block(
@@ -168,18 +170,20 @@ def _learn(
 ) -> None:
     """`config.epochs` passes over the samples, shuffled anew for each; `dense` gives the weights of the moment.
 
-    `factors`: linear -> what is learned of it, to name the culprit of a loss that is not finite.
+    Every rank does its own samples of a batch. `factors`: linear -> what is learned of it, to name the culprit of a
+    loss that is not finite.
     """
-    device = next(iter(factors.values()))[0].device
+    learned = [factor for tensors in factors.values() for factor in tensors]
+    device = learned[0].device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(config.compute, device))
-    samples = len(task.quantized_in)
+    samples = int(ranks.total(len(task.quantized_in))[0])
     steps = config.epochs * -(-samples // config.batch_size)
     step = 0
     for epoch in range(config.epochs):
-        for batch in torch.randperm(samples, generator=generator).split(config.batch_size):
+        for batch in shuffled_batches(samples, config.batch_size, generator):
             optimizer.zero_grad()
             batch_loss = 0.0
-            for index in batch.tolist():
+            for index in ranks.own(batch):
                 hidden, full_out, local_out = task.sample(index)
                 weights = weight_arguments(dense())
                 with autocast:
@@ -187,10 +191,23 @@ def _learn(
                 loss = objective(out.float(), full_out, local_out, config) / len(batch)
                 loss.backward()
                 batch_loss += loss.item()
+            (batch_loss,) = ranks.total(batch_loss)
+            ranks.add_gradients(learned)
             _check_finite(batch_loss, task, factors, epoch, step)
             optimizer.step()
             step += 1
             on_step(step, steps, batch_loss)
+
+
+def shuffled_batches(samples: int, size: int, generator: torch.Generator) -> list[list[int]]:
+    """All sample numbers in batches of `size`, shuffled; a last, smaller batch takes what does not divide.
+
+    Place p of a batch takes only samples p, p + size, p + 2 size, ... So the ranks, whose samples are dealt out in the
+    same way, have equally many in every whole batch if `size` is a multiple of their number.
+    """
+    places = [torch.arange(first, samples, size) for first in range(min(size, samples))]
+    shuffled = [place[torch.randperm(len(place), generator=generator)].tolist() for place in places]
+    return [[place[number] for place in shuffled if number < len(place)] for number in range(-(-samples // size))]
 
 
 def weight_arguments(dense: Mapping[str, Tensor]) -> dict[str, Tensor]:

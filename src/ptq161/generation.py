@@ -135,6 +135,8 @@ def settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samplin
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=_end_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,  # unused in a batch of one
+        output_attentions=False,  # whatever the model's own file asks for
+        output_hidden_states=False,
         **(chosen if sampling.temperature > 0 else {"do_sample": False}),
     )
 

@@ -27,7 +27,7 @@ from ptq161.folder import CONFIG, METHOD, quantization_config
 from ptq161.foreign import complaints, config_problem
 from ptq161.kernels import TileMemory, has_fast_kernel
 from ptq161.layout import ModelLayout, PackedLinearSpec
-from ptq161.linear import PackedLinear
+from ptq161.linear import PackedLinear, share_product
 from ptq161.machine import available_memory_bytes, pick_device
 from ptq161.packing import COLUMN_TYPES, problems
 from ptq161.saving import save_packed
@@ -134,6 +134,7 @@ class PackedQuantizer(HfQuantizer):
                     file = self.file_of[full].name if full in self.file_of else "the checkpoint"
                     raise CheckpointError(f"{file}: tensor {full} {what}; run `ptq161 verify`")
                 linear.tile(memory)
+        _share_products(model, self.quantization_config.layout)
         fold_heads(model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -189,6 +190,7 @@ def load(
         if isinstance(module, PackedLinear):
             # Tiled after a move: a GPU may have kernels where the CPU has none.
             module.tile().exact = activations == "float32"
+    _share_products(model, layout)
     return model
 
 
@@ -227,6 +229,18 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel
             raise CheckpointError(f"{folder}: tensor {tensor} {what}")
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _share_products(model: PreTrainedModel, layout: ModelLayout) -> None:
+    """Linears with the same column types see the same input: multiply them together."""
+    together: dict[str, list[PackedLinear]] = {}
+    for name, spec in layout.linears.items():
+        module = model.get_submodule(name)
+        if isinstance(module, PackedLinear):
+            together.setdefault(spec.columns_from or name, []).append(module)
+    for linears in together.values():
+        if len(linears) > 1:
+            share_product(linears)
 
 
 def _better_dense(layout: ModelLayout, device: torch.device, dtype: torch.dtype) -> bool:

@@ -1,6 +1,6 @@
 """PackedLinear: the drop-in for `nn.Linear` that keeps its weight packed and computes through one op."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from ptq161.binarize import reconstruct
 from ptq161.kernels import (
     ReadyWeight,
+    SharedProduct,
     TiledWeight,
     TileMemory,
     column_types,
     has_tiled_kernel,
+    joined_layout,
+    joined_tiles,
     linear,
     tile,
     tiled_linear,
@@ -56,6 +59,7 @@ class PackedLinear(nn.Module):
         # In a tuple, so that the owner does not become a submodule of this linear.
         self._columns_owner: tuple[PackedLinear, ...] = ()
         self._ready: ReadyWeight | None = None
+        self._shared: tuple[SharedProduct, int] | None = None
 
     @classmethod
     def of(cls, packed: PackedWeight, bias: Tensor | None = None) -> "PackedLinear":
@@ -120,6 +124,11 @@ class PackedLinear(nn.Module):
         if "tiles" in self._buffers:
             if torch.compiler.is_compiling():
                 return tiled_linear(x, self._tiled(), self.bias, exact=self.exact)
+            if self._shared is not None:
+                product, index = self._shared
+                part = product.part(index, x, exact=self.exact)
+                if part is not None:
+                    return part
             return self._ready_weight().linear(x, self.bias, exact=self.exact)
         return linear(x, self.packed(), self.bias)
 
@@ -145,7 +154,7 @@ class PackedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Of copies and pickles: what is native stays here, and the copy makes its own.
-        return self.__dict__ | {"_ready": None}
+        return self.__dict__ | {"_ready": None, "_shared": None}
 
     def _column_types(self) -> Tensor:
         if self.is_tiled:
@@ -158,6 +167,7 @@ class PackedLinear(nn.Module):
             self._replace_buffers({name: tensors[name] for name in self.spec.specs()}, persistent=True)
 
     def _replace_buffers(self, tensors: Mapping[str, Tensor | None], *, persistent: bool) -> None:
+        self._shared = None
         for name in list(self._buffers):
             delattr(self, name)
         for name, tensor in tensors.items():
@@ -177,7 +187,7 @@ class PackedLinear(nn.Module):
         # Behind .to(), .half(), .cuda() and the like: take the packed tensors along to a device, never to a dtype.
         if self.is_tiled and not has_tiled_kernel(fn(torch.empty(0)).device):
             self._untile()
-        packed = {id(buffer) for buffer in self._buffers.values()}
+        packed, self._shared = {id(buffer) for buffer in self._buffers.values()}, None
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             applied = fn(tensor)
@@ -185,3 +195,20 @@ class PackedLinear(nn.Module):
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def share_product(linears: Sequence[PackedLinear]) -> None:
+    """Let linears that see the same input be multiplied together where few tokens come; nothing if they do not fit.
+
+    They fit in tiles, with the same column groups, and without column scales and biases.
+    """
+    layouts = [packed.spec.layout for packed in linears]
+    layout = joined_layout(layouts)
+    if layout is None or any(not packed.is_tiled or packed.bias is not None for packed in linears):
+        return
+    parts = [packed.get_buffer("tiles") for packed in linears]
+    tiles = joined_tiles(parts)
+    product = SharedProduct(TiledWeight(layout, tiles, linears[0]._buffers["order"], None), layouts)
+    for index, part in enumerate(tiles.split([len(part) for part in parts])):
+        linears[index].register_buffer("tiles", part, persistent=False)
+        linears[index]._shared = (product, index)

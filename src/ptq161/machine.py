@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ptq161 import ranks
 from ptq161.errors import InputError
 
 
@@ -59,10 +60,11 @@ def available_memory_bytes() -> int | None:
 
 
 def free_memory_bytes(device: torch.device) -> int | None:
-    """Memory that can be had on a device, in bytes; None where that is not known."""
+    """Memory that each rank on this machine can have on a device, in bytes; None where that is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return available_memory_bytes()
+    available = available_memory_bytes()
+    return None if available is None else available // ranks.count_here()
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

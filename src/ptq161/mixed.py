@@ -21,6 +21,9 @@ _CANDIDATES = {"ternary": torch.linspace(0.6, 1.8, 25), "4bit": torch.linspace(0
 # outlier, the mean square says little about the others.
 _REACHES = (0.4, 0.6, 0.8, 1.0)
 
+_ROWS_AT_ONCE = 128  # of the search on a CPU: what stays in its cache is tried three times as fast
+_FEW_WEIGHTS = 2**18  # which stay there anyway
+
 # Code width and number of channels of every column group of a linear, narrowest first.
 Widths = Sequence[tuple[str, int]]
 
@@ -60,6 +63,8 @@ def best_scale(
 
     Each candidate decides the codes; the scale is then the best one for these codes, and the codes follow it.
     """
+    if part.device.type == "cpu" and part.numel() > _FEW_WEIGHTS and len(part) > _ROWS_AT_ONCE:
+        return torch.cat([best_scale(rows, width, input_squares) for rows in part.split(_ROWS_AT_ONCE)])
     importance = input_squares / input_squares.mean().clamp(min=torch.finfo(part.dtype).tiny) + 1e-6
     if width.count == 2:
         return (part.abs() @ importance / importance.sum())[:, None].clamp(min=SMALLEST_SCALE)

@@ -5,14 +5,18 @@ import time
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int64
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ptq161 import preflight
+from ptq161 import preflight, ranks
+from ptq161.blockwise import divided_layout, quantize_blocks
 from ptq161.checkpoint import WorkFolder, check_disk, check_out
 from ptq161.config import DEFAULT_PRESET, CalibrationConfig, Distill, Head, QuantConfig, preset_named, unknown
 from ptq161.data import SELF, calibration_and_fresh_tokens, parse_source
@@ -25,9 +29,9 @@ from ptq161.methods import BASELINES, METHODS
 from ptq161.records import job, run_record
 from ptq161.sources import open_dense
 from ptq161.space import Space
-from ptq161.tuning import check_required, distill, fresh_samples, learned_samples
+from ptq161.tuning import Tuned, check_required, distill, fresh_samples, learned_samples
 from ptq161.vocabulary import pack_vocabulary, vocabulary_specs
-from ptq161.walk import OnProgress, Prepared, Progress, allot, asks_for_harms, prepare, walk
+from ptq161.walk import OnProgress, Prepared, Progress, prepare
 
 __all__ = ["Progress", "plan", "quantize", "settings"]
 
@@ -71,61 +75,42 @@ def quantize(
     blocks: half-open range of decoder blocks to quantize, the others stay dense. dtype: what the tensors that are not
     quantized are saved in; `auto` keeps 16-bit ones and saves float32 and GGUF sources in bfloat16. offload: a folder
     for the streams of hidden states, instead of memory. overrides: any field of QuantConfig, such as bits or epochs.
+    Of several ranks each calls this with the same arguments, and OUT lies on a disk that all of them see.
 
     Returns the JSON of `ptq161 quantize --json`. Raises InputError before anything is written, Ptq161Error later, with
     finished blocks kept beside OUT.
     """
     began = time.monotonic()
-    config, calibration = settings(preset, calib, samples, seqlen, seed, overrides)
-    out, torch_device = Path(out), pick_device(device)
-    work = WorkFolder(out)
-    work.complete()
-    check_out(out, overwrite=overwrite)
-    source, tokenizer = _source(model, tokenizer)
-    save_dtype = _save_dtype(dtype, source.dtype)
-    # Only `self` needs the model itself to be read whole; of any other text just token ids are checked against it.
-    reader = source.whole() if SELF in map(_source_name, calibration.sources) else source.skeleton
-    tokens, fresh = calibration_and_fresh_tokens(calibration, fresh_samples(config, calibration), tokenizer, reader)
-    del reader
-    learned = learned_samples(config, tokens, fresh)
-    prepared = _with_head(prepare(source, tokens, config, blocks), config)
-    predicted = predict(source.skeleton, prepared.layout, save_dtype)
-    space = Space(None if offload is None else Path(offload))
-    _check_disks(out, space, predicted["file_bytes"], prepared, tokens.shape, config)
-    check_required(prepared, config, learned, torch_device)
-    identity = job(prepared, config, tokens, fresh, save_dtype, torch_device)
+    with ranks.first_goes_first():
+        config, calibration = settings(preset, calib, samples, seqlen, seed, overrides)
+        _check_batches(config, calibration)
+        out, torch_device = Path(out), pick_device(device)
+        work = WorkFolder(out)
+        if ranks.first():
+            work.complete()
+            check_out(out, overwrite=overwrite)
+        source, tokenizer = _source(model, tokenizer)
+        save_dtype = _save_dtype(dtype, source.dtype)
+    tokens, fresh = ranks.from_first(partial(_tokens, config, calibration, tokenizer, source))
+    with ranks.first_goes_first():
+        learned = learned_samples(config, tokens, fresh)
+        prepared = _with_head(prepare(source, tokens, config, blocks), config)
+        predicted = predict(source.skeleton, prepared.layout, save_dtype)
+        space = Space(None if offload is None else Path(offload))
+        _check_disks(out, space, predicted["file_bytes"], prepared, tokens.shape, config)
+        check_required(prepared, config, learned, torch_device)
+    identity = ranks.from_first(lambda: job(prepared, config, tokens, fresh, save_dtype, torch_device))
     with work.open(identity, restart=restart):
         try:
-            if asks_for_harms(config):
-                layout = work.load_layout()
-                if layout is None:
-                    scratch = Space(space.folder or work.path)
-                    layout = allot(prepared, tokens, config, torch_device, scratch, on_progress).layout
-                    work.save_layout(layout)
-                prepared = _with_head(replace(prepared, layout=layout), config)
-            for block in walk(prepared, tokens, config, torch_device, work.load_streams(space), on_progress, space):
-                work.save_block(block.index, block.packed, block.record)
-                if config.distill is not Distill.OFF and block.latents:
-                    work.save_latents(block.index, block.latents)
-                work.save_streams(block.streams)
-                del block  # the next one comes without this one's latents
+            layout = divided_layout(work, prepared, tokens, config, torch_device, space, on_progress)
+            prepared = _with_head(replace(prepared, layout=layout), config)
+            quantize_blocks(work, prepared, tokens, config, torch_device, space, on_progress)
             packed, records = work.load_blocks(prepared.first, prepared.last)
             tuned = distill(work, prepared, learned, config, torch_device, on_progress)
             distillation = None if tuned is None else tuned.record | {"fresh": learned is fresh}
             name = str(model.config.name_or_path) if isinstance(model, PreTrainedModel) else str(model)
-            shutil.rmtree(work.result, ignore_errors=True)
-            vocabulary = pack_vocabulary(source.weights, prepared.layout.vocabulary)
-            save_packed(
-                work.result,
-                source.skeleton,
-                prepared.layout,
-                ChainMap(vocabulary, dict(tuned.packed) if tuned else {}, packed),  # type: ignore[arg-type]
-                weights=source.weights if tuned is None else ChainMap(dict(tuned.norms), source.weights),  # type: ignore[arg-type]
-                dtype=save_dtype,
-                run=run_record(name, config, calibration, tokens, prepared, records, distillation),
-                tokenizer=tokenizer,
-            )
-            work.publish()
+            run = run_record(name, config, calibration, tokens, prepared, records, distillation)
+            ranks.from_first(partial(_publish, work, prepared, packed, tuned, save_dtype, run, tokenizer))
         except (OSError, SafetensorError) as error:
             raise Ptq161Error(
                 f"cannot write below {work.path}: {error}; finished blocks are kept, the same command continues"
@@ -140,6 +125,58 @@ def quantize(
         "distillation": distillation,
         "weights_in_memory": source.resident,
     }
+
+
+def _publish(
+    work: WorkFolder,
+    prepared: Prepared,
+    packed: Mapping[str, Tensor],
+    tuned: Tuned | None,
+    dtype: torch.dtype,
+    run: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Write the packed checkpoint of finished blocks, what was tuned in place of theirs, and put it at OUT."""
+    weights = prepared.model.weights
+    vocabulary = pack_vocabulary(weights, prepared.layout.vocabulary)
+    shutil.rmtree(work.result, ignore_errors=True)
+    save_packed(
+        work.result,
+        prepared.model.skeleton,
+        prepared.layout,
+        ChainMap(vocabulary, dict(tuned.packed) if tuned else {}, packed),  # type: ignore[arg-type]
+        weights=weights if tuned is None else ChainMap(dict(tuned.norms), weights),  # type: ignore[arg-type]
+        dtype=dtype,
+        run=run,
+        tokenizer=tokenizer,
+    )
+    work.publish()
+
+
+def _tokens(
+    config: QuantConfig, calibration: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, source: DenseModel
+) -> tuple[Int64[Tensor, "samples seq"], Int64[Tensor, "fresh seq"]]:
+    """Calibration samples and fresh ones.
+
+    Only `self` needs the model itself to be read whole; of any other text just token ids are checked against it.
+    """
+    reader = source.whole() if SELF in map(_source_name, calibration.sources) else source.skeleton
+    return calibration_and_fresh_tokens(calibration, fresh_samples(config, calibration), tokenizer, reader)
+
+
+def _check_batches(config: QuantConfig, calibration: CalibrationConfig) -> None:
+    """Raises InputError if ranks could not have equal parts of a step, or any samples at all."""
+    number = ranks.count()
+    if calibration.samples < number:
+        raise InputError(f"samples={calibration.samples} for {number} ranks: expected one each, at least")
+    names = ["batch_size"] if config.distill is Distill.OFF else ["batch_size", "distill_batch_size"]
+    for name in names:
+        size = getattr(config, name)
+        if size > 1 and size % number:
+            raise InputError(
+                f"{name}={size} cannot be divided among {number} ranks: expected a multiple of {number}, or 1 for "
+                f"steps that are not divided; give --set {name}={-(-size // number) * number}"
+            )
 
 
 def _check_disks(
@@ -168,7 +205,7 @@ def plan(
     offload: str | Path | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
-    """What `quantize` with the same arguments will take and give; reads, but writes nothing.
+    """What `quantize` with the same arguments will take and give; reads, but writes nothing. Memory is that of a rank.
 
     Returns the JSON of `ptq161 quantize --dry-run --json`: what cannot be known beforehand is None.
     """
@@ -179,7 +216,9 @@ def plan(
     tokens = torch.zeros(1, min(calibration.seqlen, 8), dtype=torch.int64)
     prepared = _with_head(prepare(source, tokens, config, blocks), config)
     predicted = predict(source.skeleton, prepared.layout, save_dtype)
+    _check_batches(config, calibration)
     shape, offloaded = (calibration.samples, calibration.seqlen), offload is not None
+    own = (-(-calibration.samples // ranks.count()), calibration.seqlen)
     disk = predicted["file_bytes"] + preflight.work_bytes(prepared, shape, config, offloaded=offloaded)
     return {
         **{key: predicted[key] for key in SIZES},
@@ -189,7 +228,7 @@ def plan(
         "blocks": None,
         "distillation": None,
         "weights_in_memory": source.resident,
-        "peak_memory_bytes": preflight.memory_bytes(prepared, shape, config, offloaded=offloaded),
+        "peak_memory_bytes": preflight.memory_bytes(prepared, own, config, offloaded=offloaded),
         "disk_bytes": disk,
         "offload_bytes": preflight.offload_bytes(prepared, shape, config) if offloaded else None,
         "flops": preflight.flops(prepared, shape, config),

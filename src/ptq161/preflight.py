@@ -11,11 +11,11 @@ from ptq161.methods.mixed import compensates
 from ptq161.tuning import needed_bytes, outside_weights
 from ptq161.walk import Prepared, asks_for_harms
 
-PROCESS_BYTES = 450_000_000  # torch and transformers loaded, and what the allocator keeps of what was freed
+PROCESS_BYTES = 300_000_000  # torch and transformers loaded
 
 # Float32 original, latent, gradient and two moments are 20; the rounded weights, their gradient and the codes at the
-# start 5; what a backward pass through one linear's rounding needs at once about as much again.
-BYTES_PER_WEIGHT = 30
+# start 5; the rest is what a backward pass through one linear's rounding needs at once, and what the allocator keeps.
+BYTES_PER_WEIGHT = 36
 
 
 def stream_bytes(prepared: Prepared, shape: Sequence[int]) -> int:
@@ -54,7 +54,7 @@ def memory_bytes(prepared: Prepared, shape: Sequence[int], config: QuantConfig, 
     and go with what is free.
     """
     model = prepared.model
-    held = model.nbytes if model.resident else 0
+    held = 2 * model.nbytes if model.resident else 0  # while it is read there are two, and the allocator keeps the room
     stages = [4 * outside_weights(model), _block_bytes(prepared, shape, config, offloaded=offloaded)]
     if asks_for_harms(config):
         stages.append(_allotting_memory(prepared, shape))

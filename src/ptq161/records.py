@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor
 
 import ptq161
+from ptq161 import ranks
 from ptq161.config import CalibrationConfig, QuantConfig
 from ptq161.folder import tensor_checksum
 from ptq161.walk import Prepared
@@ -38,6 +39,7 @@ def job(
         "dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
         "threads": torch.get_num_threads(),
+        "ranks": ranks.count(),
         "ptq161": ptq161.__version__,
     }
 
@@ -61,6 +63,7 @@ def run_record(
         "bits_per_weight": prepared.layout.bits_per_weight,
         "paper_bits": prepared.layout.paper_bits,
         "threads": torch.get_num_threads(),
+        "ranks": ranks.count(),
         "versions": {
             "ptq161": ptq161.__version__,
             "torch": torch.__version__,

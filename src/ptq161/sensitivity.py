@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from ptq161 import ranks
 from ptq161.binarize import CodeWidth, nearest_level
 from ptq161.blocks import BlockCall, float32_vectors
 from ptq161.budget import LinearShape
@@ -39,12 +40,17 @@ class Squares:
     gradients: Float[Tensor, " rows"]
     tokens: int = 0
 
+    def combine(self) -> None:
+        """Take in what the other ranks have seen."""
+        ranks.add(self.inputs, self.gradients)
+        self.tokens = int(ranks.total(self.tokens)[0])
+
 
 def shared_harms(
     model: DenseModel,
     calls: Sequence[BlockCall],
     shapes: Mapping[str, LinearShape],
-    hidden: Float[Tensor, "samples seq hidden"],
+    hidden: Float[Tensor, "own seq hidden"],
     samples: Int64[Tensor, "samples seq"],
     widths: tuple[CodeWidth, ...],
     generator: torch.Generator,
@@ -54,7 +60,7 @@ def shared_harms(
 ) -> dict[str, Float[Tensor, "cols widths"]]:
     """First linear of each shared input -> expected divergence per token from rounding its channels to each width.
 
-    hidden: what enters the first block for `samples`; it is overwritten. Raises NonFiniteError.
+    hidden: what enters the first block for this rank's share of `samples`; it is overwritten. Raises NonFiniteError.
     """
     harms: dict[str, Tensor] = {}
     for linears, squares in measure_squares(model, calls, shapes, hidden, samples, generator, device, space, on_pass):
@@ -69,7 +75,7 @@ def measure_squares(
     model: DenseModel,
     calls: Sequence[BlockCall],
     names: Mapping[str, Any],
-    hidden: Float[Tensor, "samples seq hidden"],
+    hidden: Float[Tensor, "own seq hidden"],
     samples: Int64[Tensor, "samples seq"],
     generator: torch.Generator,
     device: torch.device,
@@ -104,6 +110,8 @@ def measure_squares(
                     run(entering).backward(gradients[number : number + 1].to(device))
                     assert entering.grad is not None
                     gradients[number] = entering.grad[0]
+        for sums in squares.values():
+            sums.combine()
         on_pass(2 * len(blocks) - index, total)
         yield linears, squares
 
@@ -121,12 +129,12 @@ def _ready(
 def _gradients_after_blocks(
     model: DenseModel,
     calls: Sequence[BlockCall],
-    hidden: Float[Tensor, "samples seq hidden"],
+    hidden: Float[Tensor, "own seq hidden"],
     samples: Int64[Tensor, "samples seq"],
     generator: torch.Generator,
     device: torch.device,
-) -> Float[Tensor, "samples seq hidden"]:
-    """The gradients at the output of the last block, written over `hidden`, its values for every sample."""
+) -> Float[Tensor, "own seq hidden"]:
+    """The gradients at the output of the last block, written over `hidden`, its values for this rank's samples."""
     outside = model.outside(head=True)
     blocks = outside.get_submodule(model.prefix)
     assert isinstance(blocks, nn.ModuleList)
@@ -142,12 +150,17 @@ def _gradients_after_blocks(
         replaced_blocks(blocks, forward),
         torch.autocast(device.type, torch.bfloat16),
     ):
-        for number, sample in enumerate(samples):
+        vocabulary = outside.config.get_text_config().vocab_size
+        for index, sample in enumerate(samples):
+            if not ranks.own([index]):  # a draw like the one made elsewhere: the next sample's labels depend on it
+                torch.multinomial(torch.ones(len(sample), vocabulary), 1, generator=generator)
+                continue
+            number = index // ranks.count()
             leaf = hidden[number : number + 1].to(device, copy=True).requires_grad_()
             logits = outside(sample[None].to(device), use_cache=False).logits[0].float()
             chances = logits.detach().softmax(-1).cpu()  # drawn on the CPU: the same labels on every device
             if not chances.isfinite().all():
-                raise NonFiniteError(f"{type(model.skeleton).__name__} predicts NaN on calibration sample {number}.")
+                raise NonFiniteError(f"{type(model.skeleton).__name__} predicts NaN on calibration sample {index}.")
             drawn = torch.multinomial(chances, 1, generator=generator)[:, 0].to(device)
             nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
             assert leaf.grad is not None

@@ -12,6 +12,7 @@ import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from safetensors import safe_open
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -188,7 +189,7 @@ def _located(location: _Location, config: PreTrainedConfig, dtype: torch.dtype |
             return None
         headers = _headers(files)
         stored = dtype or config.dtype or next((t.dtype for t in headers.values() if t.dtype.is_floating_point), None)
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _EmptyOnMeta():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=stored)
         model.tie_weights(recompute_mapping=False)  # every parameter that came to be above is one of its own
         mapping = get_model_conversion_mapping(model)
@@ -213,6 +214,17 @@ def _located(location: _Location, config: PreTrainedConfig, dtype: torch.dtype |
                 None, False, False, location.name, revision="main", subfolder="", **nothing, **keywords
             )
     return DenseModel(model.requires_grad_(False).eval(), weights, model.dtype, resident=False)
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Inside, `torch.empty` makes nothing: `init_empty_weights` drops each weight only after it was allocated.
+
+    Dropped like that, many large weights leave holes that take address space, and a limit on that is soon reached.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        keywords = kwargs or {}
+        return function(*args, **keywords | ({"device": "meta"} if function is torch.empty else {}))
 
 
 def _headers(files: Sequence[str]) -> dict[str, Tensor]:

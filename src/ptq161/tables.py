@@ -158,6 +158,9 @@ def show_compared(out: Console, result: Mapping[str, Any]) -> None:
     for row in rows:
         if row["status"] != "ok":
             out.print(f"{row['method']} {row['status']}: {row['reason']}")
+        if padding := (row["bits_by_part"] or {}).get("padding"):
+            share = f"{padding / row['quantized_weights']:.3f}"
+            out.print(f"{row['method']} is padded: {share} of its honest bits are zeros that fill up blocks")
     out.print(f"next: ptq161 report {result['out']}")
 
 

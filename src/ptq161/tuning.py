@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from ptq161 import ranks
 from ptq161.blocks import float32_vectors
 from ptq161.checkpoint import WorkFolder
 from ptq161.config import CalibrationConfig, Distill, QuantConfig
@@ -79,7 +80,8 @@ def distill(
     """
     if config.distill is Distill.OFF:
         return None
-    if obstacle := _obstacle(prepared, config, samples, device):
+    obstacles = ranks.gathered(_obstacle(prepared, config, samples, device))
+    if obstacle := next(filter(None, obstacles), None):
         if config.distill is Distill.REQUIRED:
             raise Ptq161Error(f"distillation {obstacle}; finished blocks are kept, the same command continues")
         return Tuned({"skipped": obstacle.reason}, {}, {})
@@ -98,7 +100,8 @@ def distill(
     with float32_vectors(model):
         student = student_of(model, latents, _recomputed_blocks(prepared, config, samples, device))
         state = work.load_distillation()
-        record = tune(model, student, samples.to(device), config, state, on_step, work.save_distillation)
+        save = work.save_distillation if ranks.first() else lambda state: None
+        record = tune(model, student, samples.to(device), config, state, on_step, save)
     record |= {"seconds": time.monotonic() - began}
     if not record["kept"]:
         return Tuned(record, {}, {})
@@ -144,6 +147,6 @@ def _recomputed_blocks(
     """The blocks that distillation computes twice: none where memory suffices, which changes time and nothing else."""
     needed = needed_bytes(prepared.model, prepared.layout.quantized_weights, samples.shape[1], config)
     available = free_memory_bytes(device)
-    if available is None or needed <= available:
+    if not any(ranks.gathered(available is not None and needed > available)):
         return ()
     return tuple(f"{prepared.model.prefix}.{index}" for index in range(len(prepared.model.blocks)))

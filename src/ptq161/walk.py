@@ -15,6 +15,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ptq161 import ranks
 from ptq161.allocation import LAYOUTS, MIXED_WIDTHS
 from ptq161.binarize import QuantizedWeight
 from ptq161.blocks import BlockTask, Streams, advance, check_stats, check_weights, watch_inputs
@@ -135,13 +136,13 @@ def allot(
         seconds = time.monotonic() - began
         on_progress(Progress(prepared.first, prepared.first, prepared.last, "measure", done, total, None, seconds))
 
-    chosen = samples[: config.allocation_samples]
+    chosen = samples[: config.allocation_samples]  # by all ranks; each has the streams of its share
     try:
         harms = shared_harms(
             prepared.model,
             prepared.traced.calls,
             prepared.shapes,
-            first_hidden(*_around(prepared.model), chosen, space),
+            first_hidden(*_around(prepared.model), ranks.share(chosen), space),
             chosen,
             MIXED_WIDTHS,
             torch.Generator().manual_seed(config.seed),
@@ -168,7 +169,8 @@ def walk(
     """Quantize block after block, yielding each as soon as it is done.
 
     `start` continues an interrupted walk and is overwritten by it. One block's weights are in memory at a time, on
-    `device`, in float32; streams lie in `space`. Raises NonFiniteError naming block and linear.
+    `device`, in float32; streams lie in `space`, those of this rank's share of the samples. Raises NonFiniteError
+    naming block and linear.
     """
     began = time.monotonic()
     model, calls = prepared.model, prepared.traced.calls
@@ -179,7 +181,7 @@ def walk(
 
     if start is None:
         report(prepared.first, "prepare")
-        hidden = first_hidden(*_around(model), samples, space)
+        hidden = first_hidden(*_around(model), ranks.share(samples), space)
         for index in range(prepared.first):
             advance(model.block(index).to(device, torch.float32), calls[index].to(device), hidden, device, hidden)
         start = Streams(prepared.first, hidden, space.copy(hidden))
@@ -252,6 +254,8 @@ def _block_task(
     kept = compensates(config)
     with watch_inputs(linears) as stats:
         full_out = advance(block, call, streams.full, device, space.like(streams.full) if kept else streams.full)
+    for seen in stats.values():
+        seen.combine()
     check_stats(where, stats)
     local_out = advance(block, call, streams.quantized, device, space.like(streams.quantized))
     return BlockTask(

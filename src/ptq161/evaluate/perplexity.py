@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from ptq161 import ranks
 from ptq161.data import check_length, check_vocabulary
 from ptq161.errors import InputError, NonFiniteError
 
@@ -31,7 +32,9 @@ def perplexity(
     ppl = exp(sum of their negative log likelihoods / tokens), summed in float64 from float32 logits. With `bos`, that
     token stands before each window; the same tokens are predicted, so that both figures compare.
 
-    on_window: called with (windows done, windows in all) after each one.
+    Of several ranks each does its share of the windows, and all return the same.
+
+    on_window: called with (windows done, windows in all) after each one of this rank.
     Returns {"ppl", "tokens", "windows", "seqlen", "bos"}.
 
     Raises InputError if there is not one whole window, or if the model lacks the tokens or positions; NonFiniteError
@@ -50,15 +53,20 @@ def perplexity(
     was_training = model.training
     model.eval()  # dropout would be measured, too
     total = 0.0
+    own = ranks.share(tokens[: windows * seqlen].view(windows, seqlen))
     try:
-        for index, window in enumerate(tokens[: windows * seqlen].view(windows, seqlen)):
+        for index, window in enumerate(own):
             total += _window_nll(model, window.to(model.device), bos)
             if not math.isfinite(total):
-                raise NonFiniteError(f"perplexity is not finite from window {index} on: the model's logits overflow")
+                window_index = ranks.rank() + index * ranks.count()
+                raise NonFiniteError(
+                    f"perplexity is not finite from window {window_index} on: the model's logits overflow"
+                )
             if on_window is not None:
-                on_window(index + 1, windows)
+                on_window(index + 1, len(own))
     finally:
         model.train(was_training)
+    (total,) = ranks.total(total)
     predicted = windows * (seqlen - 1)
     try:
         ppl = math.exp(total / predicted)

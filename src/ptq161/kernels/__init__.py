@@ -15,6 +15,7 @@ from ptq161.kernels.memory import TileMemory
 from ptq161.kernels.native import kernels as cpu_kernels
 from ptq161.kernels.native import read_memory, tile, untile
 from ptq161.kernels.ops import has_fast_kernel, has_tiled_kernel, linear
+from ptq161.kernels.shared import SharedProduct, joined_layout, joined_tiles
 from ptq161.kernels.tiled import tiled_linear, tiled_rows
 from ptq161.kernels.tiles import TiledWeight, column_types
 
@@ -25,6 +26,7 @@ if torch.version.cuda is not None and find_spec("triton") is not None:
 
 __all__ = [
     "ReadyWeight",
+    "SharedProduct",
     "TileMemory",
     "TiledWeight",
     "column_types",
@@ -33,6 +35,8 @@ __all__ = [
     "has_dense_kernel",
     "has_fast_kernel",
     "has_tiled_kernel",
+    "joined_layout",
+    "joined_tiles",
     "linear",
     "read_memory",
     "tile",

@@ -43,10 +43,13 @@ def bits_figure(comparison: Comparison, text: str, width: float) -> Figure:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}×")
         furthest = max([2.0, *(bits for bits, _ in points)])
         axes.set_xlim(0.8, furthest * (1.12 if width > 5 else 1.2))
-        heights = _apart([log10(ratio) for _, ratio in points], 0.036 * log10(axes.get_ylim()[1] / 0.7))
-        for entry, (bits, _), height in zip(shown, points, heights, strict=True):
-            place = (bits + 0.025 * furthest, 10**height)
-            axes.text(*place, str(entry.number), va="center", fontsize=8, color=colour(purpose_of(entry)))
+        span = log10(axes.get_ylim()[1] / axes.get_ylim()[0])
+        for entry, (bits, ratio) in zip(shown, points, strict=True):
+            # To the right of its dot, unless another dot is there.
+            hidden = any(0 < other - bits < 0.12 * furthest and _near(ratio, r, span) for other, r in points)
+            place, side = (-0.02, "right") if hidden else (0.02, "left")
+            shade = colour(purpose_of(entry))
+            axes.text(bits + place * furthest, ratio, str(entry.number), va="center", ha=side, fontsize=8, color=shade)
         axes.set_xlabel("bits per weight of the linear layers")
         axes.set_ylabel("perplexity, times that of full precision")
         axes.grid(axis="both")
@@ -60,13 +63,9 @@ def bits_figure(comparison: Comparison, text: str, width: float) -> Figure:
     return figure
 
 
-def _apart(heights: Sequence[float], least: float) -> list[float]:
-    """The heights, moved up where two would be nearer than `least`, from the lowest on."""
-    placed = list(heights)
-    highest = float("-inf")
-    for index in sorted(range(len(heights)), key=lambda index: heights[index]):
-        placed[index] = highest = max(heights[index], highest + least)
-    return placed
+def _near(one: float, other: float, span: float) -> bool:
+    """Whether two heights on a logarithmic axis of so many decades would be drawn over each other."""
+    return abs(log10(one / other)) < 0.04 * span
 
 
 def parts_figure(entries: Sequence[Entry], width: float) -> Figure:
@@ -167,7 +166,7 @@ def magnitudes_figure(channels: Sequence[Mapping[str, Any]], width: float) -> Fi
 def map_figure(widths: Sequence[Sequence[str]], width: float) -> Figure:
     """Code width of every input channel of one linear of each block: a row of the picture per block."""
     drawn = [name for name in WIDTHS if any(name in of_block for of_block in widths)]
-    with drawing(width, 0.6 + 0.075 * len(widths)) as (figure, axes):
+    with drawing(width, 1.2 + 0.075 * len(widths)) as (figure, axes):
         for name in drawn:
             if name == drawn[0] and len(drawn) > 1:
                 continue  # the most common is the ground

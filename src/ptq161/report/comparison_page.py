@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from pathlib import PurePath
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -11,6 +10,7 @@ from ptq161.report import comparison_figures as figures
 from ptq161.report import page
 from ptq161.report.comparison import Comparison, Entry
 
+FEW_BITS = 3  # where the best of the other methods is looked for
 NAMED_OTHERS = 2  # lines of other methods that have a colour and a name in the figure of blocks
 
 
@@ -83,6 +83,11 @@ def _text(source: str) -> str:
     return PurePath(source).name
 
 
+def _short(source: str) -> str:
+    """The same without range and ending, for the head of a column."""
+    return _text(source).partition("[")[0].partition(".")[0].replace("_", " ")
+
+
 def _summary(comparison: Comparison) -> Iterator[str]:
     text = comparison.texts[0]
     samples = ", ".join(f"{count:,} tokens of {_text(source)}" for source, count in _calibration(comparison).items())
@@ -94,10 +99,11 @@ def _summary(comparison: Comparison) -> Iterator[str]:
     )
     tiles = [(f"{comparison.original_ppl(text):.1f}", "perplexity at full precision (lower is better)")]
     ours = [entry for entry in comparison.entries if entry.family.ours]
-    for entry in [*ours[:1], *[entry for entry in comparison.entries if not entry.family.ours][:1]]:
-        ppl, bits = entry.ppl(text), entry.row["bits_per_weight"]
-        what = f"{entry.label}: best {'of this package' if entry.family.ours else 'of the others'}, at {bits:.2f} bits"
-        tiles.append(("-" if ppl is None else _number(ppl), what))
+    others = [entry for entry in comparison.entries if not entry.family.ours and (_bits_of(entry) or 16) < FEW_BITS]
+    for kind, entry in (("this package's best", ours[:1]), (f"best other below {FEW_BITS} bits", others[:1])):
+        for chosen in entry:
+            ppl, bits = chosen.ppl(text) or 0.0, _bits_of(chosen) or 0.0
+            tiles.append((_number(ppl), f"{kind}: {chosen.label} at {bits:.2f} bits"))
     yield page.tiles(tiles)
 
 
@@ -114,21 +120,22 @@ def _bits(comparison: Comparison) -> Iterator[str]:
             comparison,
             f"bits-{index}",
             "Bits per weight against perplexity: "
-            + "; ".join(f"{e.label} {e.row['bits_per_weight']:.2f} bits" for e in comparison.entries if _counted(e)),
+            + "; ".join(f"{e.label} {e.row['bits_per_weight']:.2f} bits" for e in comparison.entries if _bits_of(e)),
             f"{_text(text)}, {measured['windows']} windows of {measured['seqlen']} tokens; numbers are those of the "
             "table. Down and to the left is better. The distance between a hollow and its filled dot is what the "
             "authors' count leaves out.",
         )
 
 
-def _counted(entry: Entry) -> bool:
-    return entry.row["bits_per_weight"] is not None
+def _bits_of(entry: Entry) -> float | None:
+    bits: float | None = entry.row["bits_per_weight"]
+    return bits
 
 
 def _results(comparison: Comparison) -> Iterator[str]:
     header = ["", "method", "claimed", "honest bits"]
     for text in comparison.texts:
-        header += [_text(text), "×"]
+        header += [_short(text), "×"]
     originals = [comparison.original_ppl(text) for text in comparison.texts]
     rows = [["", "full precision", "", "", *(part for ppl in originals for part in (f"{ppl:.2f}", "1"))]]
     for entry in comparison.entries:
@@ -234,7 +241,7 @@ def _ablations(comparison: Comparison) -> Iterator[str]:
             ]
             for row in rows
         ]
-        header = ["variant", "bits", *map(_text, texts), *("×" for _ in texts)]
+        header = ["variant", "bits", *map(_short, texts), *("×" for _ in texts)]
         yield "<h2>One thing changed at a time</h2>"
         yield page.table(header, cells, numbers=range(1, len(header)))
         yield page.paragraph(f"{PurePath(file).name}; × is over the first row.", "note")
@@ -269,17 +276,14 @@ def _effort(comparison: Comparison) -> Iterator[str]:
 
 
 def _commands(comparison: Comparison) -> Iterator[str]:
-    every = dict.fromkeys(entry.row.get("command") for entry in comparison.entries)
-    commands = [command for command in (comparison.original.get("command"), *every) if command]
-    versions: Mapping[str, Any] = comparison.original.get("versions") or {}
-    with_versions = ", ".join(f"{name} {version}" for name, version in versions.items())
+    original = comparison.original
+    commands = dict.fromkeys(row.get("command") for row in (original, *(entry.row for entry in comparison.entries)))
+    versions = {"ptq161": original.get("version"), **(original.get("versions") or {})}
+    notes = [f"{name} {version}" for name, version in versions.items() if version]
+    notes += [f"{key} {original[key]}" for key in ("seed", "dtype") if original.get(key) is not None]
     yield "<h2>How to repeat it</h2>"
-    yield f"<pre><code>{escape(chr(10).join(dict.fromkeys(commands)))}</code></pre>"
-    yield page.paragraph(
-        f"ptq161 {comparison.original.get('version')}, {with_versions}; seed {comparison.original.get('seed')}; "
-        f"evaluated in {comparison.original.get('dtype')}.",
-        "note",
-    )
+    yield f"<pre><code>{escape(chr(10).join(filter(None, commands)))}</code></pre>"
+    yield page.paragraph(", ".join(notes), "note")
 
 
 def _number(value: float) -> str:

@@ -67,6 +67,7 @@ BIT_PARTS = {
     "means": ("scales, zero points, centres", "scales"),
     "input_scales": ("scales, zero points, centres", "scales"),
     "seed": ("scales, zero points, centres", "scales"),
+    "padding": ("padding", "other"),
 }
 
 

@@ -40,8 +40,9 @@ figure svg {{ display: block; width: 100%; height: auto; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; width: 100%; font-size: 0.94em; }}
 th, td {{ text-align: left; padding: 6px 16px 6px 0; border-bottom: 1px solid var(--grid); vertical-align: top; }}
-th {{ color: var(--muted); font-weight: 600; font-size: 0.9em; }}
+th {{ color: var(--muted); font-weight: 600; font-size: 0.9em; vertical-align: bottom; }}
 td.number, th.number {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
+th.number {{ white-space: normal; }}
 tr > :last-child {{ padding-right: 0; }}
 tr.total td {{ font-weight: 600; }}
 .pair {{ display: grid; grid-template-columns: 1fr 1fr; gap: 14px; margin: 0.4em 0 1.8em; }}
