@@ -208,7 +208,9 @@ class PreprocessConfig(_Settings):
     seqlen: int = 1024  # tokens of a sample; not documented
     start: Start = Start.QUANTIZED
     loss: Loss = Loss.TEXT
-    through: bool = False  # forward through the grid of the once-quantized model, backward straight through
+    # Forward with the merged weights on the grid of the once-quantized model, backward straight through. Linears
+    # without an adapter stay as they are.
+    through: bool = False
     compute: Compute = Compute.AUTO
     seed: int = 0
 

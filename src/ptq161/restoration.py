@@ -105,6 +105,7 @@ class Restoration:
             report_to="none",
             dataloader_pin_memory=device.type == "cuda",
         )
+        arguments._n_gpu = min(1, arguments.n_gpu)  # else the Trainer multiplies the batch by the GPUs it sees
         trainer = _Trainer(
             self,
             model=self.model,

@@ -159,10 +159,8 @@ def show_compared(out: Console, result: Mapping[str, Any]) -> None:
         if row["status"] != "ok":
             out.print(f"{row['method']} {row['status']}: {row['reason']}")
         if padding := (row["bits_by_part"] or {}).get("padding"):
-            bits = f"{padding / row['quantized_weights']:.3f}"
-            out.print(
-                f"{row['method']} is padded: {bits} of its honest bits are zeros that fill up its format's blocks"
-            )
+            share = f"{padding / row['quantized_weights']:.3f}"
+            out.print(f"{row['method']} is padded: {share} of its honest bits are zeros that fill up blocks")
     out.print(f"next: ptq161 report {result['out']}")
 
 
