@@ -166,15 +166,20 @@ def check_bits(row, shapes, blocks):
     assert columns == every if paper else 0 < columns <= every  # a linear of one width stores none
 
 
-COMMITTED = sorted((REPOSITORY / "benchmarks" / "results").glob("compare-*smollm2-135m.jsonl"))
+STORIES = {0: [(64, 64), (32, 64), (32, 64)], 1: [(64, 64)], 2: [(172, 64), (172, 64)], 3: [(64, 172)]}
+COMMITTED = {  # file -> shapes and number of the model's blocks
+    "compare-quick-smollm2-135m.jsonl": (SMOLLM2, 30),
+    "compare-stories260k.jsonl": (STORIES, 5),
+}
 
 
-def test_committed_rows_have_the_bits_that_their_shapes_give():
-    rows = [json.loads(line) for path in COMMITTED for line in path.read_text().splitlines()]
-    quantized = [row for row in rows if row["status"] == "ok" and row["method"] != FULL_PRECISION]
-    assert quantized
-    for row in quantized:
-        check_bits(row, SMOLLM2, blocks=30)
+@pytest.mark.parametrize("name", COMMITTED)
+def test_committed_rows_have_the_bits_that_their_shapes_give(name):
+    lines = (REPOSITORY / "benchmarks" / "results" / name).read_text().splitlines()
+    first, *rows = map(json.loads, lines)
+    assert (first["method"], first["status"]) == (FULL_PRECISION, "ok") and rows
+    for row in rows:
+        check_bits(row, *COMMITTED[name])
 
 
 # One ground for all

@@ -166,14 +166,15 @@ def magnitudes_figure(channels: Sequence[Mapping[str, Any]], width: float) -> Fi
 def map_figure(widths: Sequence[Sequence[str]], width: float) -> Figure:
     """Code width of every input channel of one linear of each block: a row of the picture per block."""
     drawn = [name for name in WIDTHS if any(name in of_block for of_block in widths)]
+    points = max(0.7, 0.8 * (width - 0.8) * 72 / len(widths[0]))
     with drawing(width, 1.2 + 0.075 * len(widths)) as (figure, axes):
         for name in drawn:
             if name == drawn[0] and len(drawn) > 1:
                 continue  # the most common is the ground
             for block, of_block in enumerate(widths):
                 chosen = [channel for channel, of_channel in enumerate(of_block) if of_channel == name]
-                axes.vlines(chosen, block - 0.5, block + 0.5, color=colour(WIDTHS[name][1]), linewidth=0.7)
-        axes.set_facecolor(colour(f"{WIDTHS[drawn[0]][1]}_minus"))
+                axes.vlines(chosen, block - 0.5, block + 0.5, color=colour(WIDTHS[name][1]), linewidth=points)
+        axes.axhspan(-0.5, len(widths) - 0.5, color=colour(f"{WIDTHS[drawn[0]][1]}_minus"), zorder=0)
         axes.set_xlim(-0.5, len(widths[0]) - 0.5)
         axes.set_ylim(len(widths) - 0.5, -0.5)
         axes.set_xlabel("input channel")
