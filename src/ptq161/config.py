@@ -208,8 +208,8 @@ class PreprocessConfig(_Settings):
     seqlen: int = 1024  # tokens of a sample; not documented
     start: Start = Start.QUANTIZED
     loss: Loss = Loss.TEXT
-    # Forward with the merged weights on the grid of the once-quantized model, backward straight through; linears without
-    # an adapter stay as they are.
+    # Forward with the merged weights on the grid of the once-quantized model, backward straight through. Linears
+    # without an adapter stay as they are.
     through: bool = False
     compute: Compute = Compute.AUTO
     seed: int = 0
