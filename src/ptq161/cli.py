@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         kept = "".join(KEPT.get(command, "") for command in arguments[:1])
-        return _fail(f"interrupted{kept}", 130)
+        return 130 if _rank() else _fail(f"interrupted{kept}", 130)
     except FailedElsewhere as error:
         return error.exit_code
     except Ptq161Error as error:

@@ -130,7 +130,7 @@ def _local(name: str, settings: TaskSettings) -> LocalTask:
 
 def _overrides(task: LocalTask, folder: Path) -> dict[str, Any]:
     """What replaces parts of a task's definition: the splits that there are, and where their rows come from."""
-    splits = {split: read_rows(folder, task)[split] for split in task.files}
+    splits = read_rows(folder, task)
 
     def local_dataset(*, config_source: str, **_: Any) -> dict[str, Dataset]:
         # The harness says only by its file which task it is that wants data.
@@ -225,15 +225,17 @@ class _Watched(HFLM):  # type: ignore[misc]  # no types are shipped with it
             raise NonFiniteError("the model's logits overflow: no task can be measured")
         return logits
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
         self.done, self.total = 0, len(requests)
-        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return answers
+        return super().loglikelihood(requests, disable_tqdm)
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
         self.done, self.total = 0, len(requests)
-        answers: list[str] = super().generate_until(requests, disable_tqdm=True)
-        return answers
+        return super().loglikelihood_rolling(requests, disable_tqdm)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+        self.done, self.total = 0, len(requests)
+        return super().generate_until(requests, disable_tqdm)
 
 
 @contextmanager
