@@ -49,7 +49,6 @@ class QuantizeMeter(_Meter):
     """Takes the pipeline's progress reports: block, phase, loss, time left, memory."""
 
     began_at: int | None = None
-    learned_from: tuple[str, int] | None = None  # phase and step that the present phase began with
     tenths = 0
 
     def __call__(self, progress: "Progress") -> None:
@@ -74,13 +73,10 @@ class QuantizeMeter(_Meter):
 
     def _learned(self, progress: "Progress", measure: str) -> None:
         done, total = progress.step, progress.steps
-        if self.learned_from is None or self.learned_from[0] != progress.phase:
-            self.learned_from, self.tenths = (progress.phase, done), done * 10 // total
-        steps = done - self.learned_from[1] + 1  # of this run, which may continue another
-        left = duration(progress.seconds / steps * (total - done))
+        left = duration(progress.seconds / done * (total - done))
         figures = f"{measure} {progress.loss:.4g}  {left} left  memory {size(peak_rss_bytes())}"
         self.show(f"{progress.phase} {done}/{total}", done / total, figures)
-        if done * 10 // total > self.tenths:
+        if done * 10 // total != self.tenths:
             self.tenths = done * 10 // total
             self.line(f"{progress.phase} {done}/{total}  {duration(progress.seconds)}  {figures}")
 
