@@ -168,11 +168,15 @@ class Judge:
         self._read_texts(Outcome(-1, "", ""), self.texts, "calibration.parquet", "")
 
     def _sound(self, folder: Path) -> Sound:
+        import torch
+
         outcome = Outcome(-1, "", "")
         model = through(outcome, "load", lambda: _load(folder))
         if model is None:
             raise AssertionError(f"{folder} does not load: {outcome}")
-        return Sound(folder, (folder / CONFIG).read_bytes(), _stored(folder), model(self.tokens).logits)
+        with torch.no_grad():  # as mutants are run: gradients take other kernels, which round otherwise
+            logits = model(self.tokens).logits
+        return Sound(folder, (folder / CONFIG).read_bytes(), _stored(folder), logits)
 
     def judge(self, seed: int, number: int) -> Outcome:
         """Make the mutant, and say how the doors took it."""

@@ -196,7 +196,7 @@ def test_a_result_that_exists_is_kept(run, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_any_moment_the_same_command_continues(run, tmp_path, llama_folder, calibration_file, once):
-    run(tmp_path / "whole", steps=40)
+    run(tmp_path / "whole", steps=100)
     out = tmp_path / "killed"
     command = [sys.executable, "-c", KILLED, str(llama_folder), str(out), str(calibration_file), str(once)]
     kills = 0
@@ -207,7 +207,7 @@ def test_killed_at_any_moment_the_same_command_continues(run, tmp_path, llama_fo
         while process.poll() is None and kills < 3 and (not done.exists() or len(list(done.glob("*"))) <= before):
             time.sleep(0.05)
         if kills < 3 and process.poll() is None:
-            time.sleep(0.3 * kills)
+            time.sleep(0.05 * kills)
             process.send_signal(signal.SIGKILL)
             kills += 1
         assert process.wait() in (0, -signal.SIGKILL)
@@ -220,7 +220,7 @@ import sys, torch
 torch.set_num_threads(1)
 from ptq161 import restoration
 from ptq161.preprocess import preprocess
-restoration.SECONDS_BETWEEN_SAVES = 0.2
+restoration.SECONDS_BETWEEN_SAVES = 0.05
 model, out, text, once = sys.argv[1:]
-preprocess(model, out, text=[text], quantized=once, **{SETTINGS | {"steps": 40}!r})
+preprocess(model, out, text=[text], quantized=once, **{SETTINGS | {"steps": 100}!r})
 """
