@@ -153,7 +153,9 @@ def _check_rows(rows: Tensor, weight: TiledWeight) -> None:
 def _rows(rows: Tensor, tiles: Tensor, layout: Sequence[int]) -> Tensor:
     weight = TiledWeight(from_integers(layout), tiles, None, None)
     _check_rows(rows, weight)
-    if rows.numel():
+    if not rows.is_cpu:  # no waiting for the device, as nn.Embedding: it fails there
+        torch._assert_async(((rows >= 0) & (rows < weight.layout.rows)).all())
+    elif rows.numel():
         lowest, highest = map(int, rows.aminmax())
         if lowest < 0 or highest >= weight.layout.rows:
             raise InputError(f"row {lowest if lowest < 0 else highest} is out of range: there are {weight.layout.rows}")
