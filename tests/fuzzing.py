@@ -111,6 +111,7 @@ def message_problem(error: Exception) -> str | None:
 
 def through(outcome: Outcome, door: str, opened: Callable[[], Any], *, foreign: bool = False) -> Any:
     """What the door gives, or None after noting how it refused. foreign: transformers itself stands at the door."""
+    import ptq161
     from ptq161.errors import InputError
 
     try:
@@ -127,7 +128,8 @@ def through(outcome: Outcome, door: str, opened: Callable[[], Any], *, foreign: 
         frames = traceback.extract_tb(error.__traceback__)
         where = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-6:]]
         # A from_pretrained of transformers reads config.json before it asks us; what it says to that is its own.
-        own = "/ptq161/" not in frames[-1].filename and isinstance(error, Exception)
+        ours = Path(ptq161.__file__).parent  # a clone's folder has the same name, and transformers may lie in it
+        own = not Path(frames[-1].filename).is_relative_to(ours) and isinstance(error, Exception)
         memory = isinstance(error, MemoryError) or "allocate" in str(error)
         if foreign and own and (not memory or where[-1].startswith("configuration_")):
             outcome.doors[door] = "refused by transformers"
