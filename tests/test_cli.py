@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from ptq161 import arguments, cli
-from ptq161.arguments import parse, quantize_settings
+from ptq161.arguments import parse
 from ptq161.errors import InputError
+from ptq161.options import quantize_settings
 
 SOURCE = str(Path(__file__).parents[1] / "src")
 QUICK = [

@@ -12,15 +12,15 @@ from conftest import REPOSITORY
 from honest_bits import block_bits, llamacpp_bits, packed_bits
 from transformers import AutoModelForCausalLM
 
-from ptq161 import arguments, cli, contenders, llamacpp, tables, terminal
+from ptq161 import arguments, cli, contenders, llamacpp, options, tables, terminal
 from ptq161.compare import compare, read_rows
+from ptq161.comparison_inputs import RESULTS, Settings
 from ptq161.config import PRESETS, CalibrationConfig
 from ptq161.contenders import FULL_PRECISION, contender
 from ptq161.data import calibration_tokens, evaluation_tokens
 from ptq161.errors import InputError
 from ptq161.evaluate.drift import block_errors, block_outputs
 from ptq161.evaluate.perplexity import perplexity
-from ptq161.ground import RESULTS, Settings
 from ptq161.hf import load
 from ptq161.linear import PackedLinear
 from ptq161.llamacpp import LIBRARIES
@@ -467,15 +467,15 @@ def test_block_outputs_are_the_hidden_states(llama_folder):
 
 
 def test_quick_methods_and_defaults_are_there():
-    assert set(arguments.BASELINES) == BASELINES.keys()
-    for settings in (arguments.QUICK, arguments.FULL):
+    assert set(options.BASELINES) == BASELINES.keys()
+    for settings in (options.QUICK, options.FULL):
         for name in settings["methods"]:
             contender(name)
-    assert {name.partition(":")[0] for name in arguments.FULL["methods"]} == PRESETS.keys() | BASELINES.keys()
+    assert {name.partition(":")[0] for name in options.FULL["methods"]} == PRESETS.keys() | BASELINES.keys()
 
 
 def parsed(*words):
-    return arguments.compare_settings(arguments.parse(["compare", "M", *words, "--calib", "a.txt", "--ppl", "b.txt"]))
+    return options.compare_settings(arguments.parse(["compare", "M", *words, "--calib", "a.txt", "--ppl", "b.txt"]))
 
 
 def test_options_go_over_quick_over_the_full_ones():

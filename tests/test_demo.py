@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from ptq161 import cli
-from ptq161.arguments import compare_settings, parse, preprocess_settings, quantize_settings
+from ptq161.arguments import parse
 from ptq161.binarize import FOUR_BIT, ONE_BIT, ColumnGroup, QuantizedWeight
 from ptq161.linear import PackedLinear
+from ptq161.options import compare_settings, preprocess_settings, quantize_settings
 from ptq161.packing import pack
 
 REPOSITORY = Path(__file__).parents[1]

@@ -67,10 +67,10 @@ ALLOWED = {
     "serve": "handlers",
     "adapters": "binarize",
     "restoration": "adapters distill fit checkpoint binarize config",
-    "once": "pipeline walk sources verify hf linear packing binarize dense folder config",
+    "first_quantization": "pipeline walk sources verify hf linear packing binarize dense folder config",
     "before_after": "adapters evaluate checkpoint",
-    "preprocess": "once pipeline restoration adapters before_after walk records sources data hf dense discovery "
-    "checkpoint folder config machine",
+    "preprocess": "first_quantization pipeline restoration adapters before_after walk records sources data hf dense "
+    "discovery checkpoint folder config machine",
     "inspection": "sources hf vocabulary saving contents foreign folder discovery blocks allocation layout packing "
     "config",
     "tuning": "ranks distill student walk dense discovery blocks checkpoint machine config",
@@ -80,22 +80,25 @@ ALLOWED = {
     "pipeline": "ranks blockwise walk tuning preflight records methods dense space checkpoint hf vocabulary "
     "inspection sources data layout config machine",
     "contenders": "llamacpp pipeline baselines methods inspection hf dense folder config",
-    "ground": "contenders records checkpoint sources data config",
-    "compare": "ground contenders evaluate checkpoint data machine",
+    "comparison_inputs": "contenders records checkpoint sources data config",
+    "compare": "comparison_inputs contenders evaluate checkpoint data machine",
     "report": "",
     "shapes": "inspection allocation discovery methods config",
-    "arguments": "config",
+    "options": "config",
+    "arguments": "options config",
     "terminal": "",
     "meters": "terminal walk machine",
     "dialogue": "terminal",
     "tables": "terminal",
 }
-PEOPLE_FACING = {"__init__", "__main__", "cli"}  # anything, inside the bodies; above them only what is light
-LIGHT = {"config", "arguments", "cli"}
+# Anything, inside the bodies; above them only what is light.
+PEOPLE_FACING = {"__init__", "__main__", "cli", "commands"}
+LIGHT = {"config", "options", "arguments", "commands", "cli"}
 
 THIRD_PARTY = {
     "errors": "",
     "config": "",
+    "options": "",
     "arguments": "",
     "foreign": "",
     "layout": "",

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -183,7 +182,7 @@ def test_the_quantized_model_must_be_of_this_model(run, model_folder, tmp_path, 
 
 
 def test_without_peft_the_extra_is_named(capsys, monkeypatch, tmp_path, llama_folder, calibration_file):
-    monkeypatch.setattr("ptq161.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("ptq161.commands.common.find_spec", lambda name: None)
     assert main(["preprocess", str(llama_folder), str(tmp_path / "out"), "--text", str(calibration_file)]) == 2
     assert 'peft: pip install "ptq161[preprocess]"' in capsys.readouterr().err
 
@@ -196,31 +195,41 @@ def test_a_result_that_exists_is_kept(run, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_any_moment_the_same_command_continues(run, tmp_path, llama_folder, calibration_file, once):
-    run(tmp_path / "whole", steps=100)
+    run(tmp_path / "whole", steps=12)
     out = tmp_path / "killed"
     command = [sys.executable, "-c", KILLED, str(llama_folder), str(out), str(calibration_file), str(once)]
-    kills = 0
-    while not out.exists():
-        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        done = out.with_name("killed.partial") / "adapters"
-        before = len(list(done.glob("*"))) if done.exists() else 0
-        while process.poll() is None and kills < 3 and (not done.exists() or len(list(done.glob("*"))) <= before):
-            time.sleep(0.05)
-        if kills < 3 and process.poll() is None:
-            time.sleep(0.05 * kills)
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        assert process.wait() in (0, -signal.SIGKILL)
-    assert kills == 3
+    for moment, call in MOMENTS:
+        killed = subprocess.run([*command, moment, str(call)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert killed.returncode == -signal.SIGKILL and not out.exists()
+    assert subprocess.run([*command, "", "0"], env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == 0
     assert files_of(out) == files_of(tmp_path / "whole")
 
 
+# Killed when this is called for the n-th time.
+MOMENTS = [
+    ("ptq161.restoration._Watcher.on_log", 4),  # between two checkpoints
+    ("ptq161.restoration.sync_folder", 3),  # with files of a checkpoint that may not be on the disk yet
+    ("torch.save", 6),  # with half a checkpoint
+    ("ptq161.preprocess._save", 1),  # with everything learned and nothing written
+    ("ptq161.preprocess.write_json", 1),  # with a model that lacks its record
+]
 KILLED = f"""
-import sys, torch
+import os, signal, sys, torch
+from pkgutil import resolve_name
+from ptq161 import preprocess, restoration
 torch.set_num_threads(1)
-from ptq161 import restoration
-from ptq161.preprocess import preprocess
-restoration.SECONDS_BETWEEN_SAVES = 0.05
-model, out, text, once = sys.argv[1:]
-preprocess(model, out, text=[text], quantized=once, **{SETTINGS | {"steps": 100}!r})
+restoration.SECONDS_BETWEEN_SAVES = 0.0
+model, out, text, once, moment, left = sys.argv[1:]
+calls_left = int(left)
+if moment:
+    holder, name = moment.rsplit(".", 1)
+    whole = resolve_name(moment)
+    def killed(*arguments, **keywords):
+        global calls_left
+        calls_left -= 1
+        if calls_left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*arguments, **keywords)
+    setattr(resolve_name(holder), name, killed)
+preprocess.preprocess(model, out, text=[text], quantized=once, **{SETTINGS | {"steps": 12}!r})
 """

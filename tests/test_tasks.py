@@ -146,6 +146,6 @@ def test_command(capsys, chat_folder, data, tmp_path):
 
 
 def test_missing_extra_is_one_line(capsys, monkeypatch, data):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr("ptq161.commands.common.find_spec", lambda name: None)
     assert cli.main(["eval", "M", "--tasks", "piqa", "--task-data", str(data)]) == 2
     assert capsys.readouterr().err == 'ptq161: error: this command needs lm_eval: pip install "ptq161[tasks]"\n'

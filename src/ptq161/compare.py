@@ -23,13 +23,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import ptq161
 from ptq161 import machine
 from ptq161.checkpoint import locked, write_atomically
+from ptq161.comparison_inputs import CHANNELS, MODELS, RESULTS, Settings, claim, job, subjects_and_texts
 from ptq161.contenders import FULL_PRECISION, Contender, OnStep, Subject, contender, full_precision
 from ptq161.data import parse_source, shares
 from ptq161.errors import InputError, Ptq161Error
 from ptq161.evaluate.channels import channel_magnitudes
 from ptq161.evaluate.drift import block_errors, block_outputs
 from ptq161.evaluate.perplexity import perplexity
-from ptq161.ground import CHANNELS, MODELS, RESULTS, Settings, claim, job, subjects_and_texts
 
 WATCHED_SAMPLES = 4  # calibration samples that channels are measured on, for the report
 

@@ -28,10 +28,17 @@ from ptq161.data import SELF, calibration_and_fresh_tokens, calibration_tokens, 
 from ptq161.dense import DenseModel
 from ptq161.discovery import block_linears
 from ptq161.errors import InputError, Ptq161Error
+from ptq161.first_quantization import (
+    Recipe,
+    check_quantized,
+    column_groups,
+    preset_recipe,
+    quantize_by,
+    recorded_recipe,
+)
 from ptq161.folder import CHECKSUMS, RUN, file_checksum, write_json
 from ptq161.hf import load
 from ptq161.machine import peak_rss_bytes, pick_device
-from ptq161.once import Recipe, check_quantized, column_groups, preset_recipe, quantize_by, recorded_recipe
 from ptq161.pipeline import DTYPES
 from ptq161.records import fingerprint
 from ptq161.restoration import Restoration

@@ -1,4 +1,4 @@
-"""The ground that all rows of a comparison stand on: model, calibration and evaluation text; refused if it moved."""
+"""What all rows of a comparison have in common: model, calibration and evaluation text; refused if it changed."""
 
 import json
 import shutil
