@@ -66,11 +66,11 @@ ALLOWED = {
     "handlers": "chat generation data",
     "serve": "handlers",
     "adapters": "binarize",
-    "restoration": "adapters distill fit checkpoint binarize config",
+    "restoration": "ranks adapters distill fit checkpoint binarize config",
     "first_quantization": "pipeline walk sources verify hf linear packing binarize dense folder config",
-    "before_after": "adapters evaluate checkpoint",
-    "preprocess": "first_quantization pipeline restoration adapters before_after walk records sources data hf dense "
-    "discovery checkpoint folder config machine",
+    "before_after": "ranks adapters evaluate checkpoint",
+    "preprocess": "ranks first_quantization pipeline restoration adapters before_after walk records sources data hf "
+    "dense discovery checkpoint folder config machine",
     "inspection": "sources hf vocabulary saving contents foreign folder discovery blocks allocation layout packing "
     "config",
     "tuning": "ranks distill student walk dense discovery blocks checkpoint machine config",

@@ -10,6 +10,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ptq161 import ranks
 from ptq161.adapters import concentration, salient_counts
 from ptq161.checkpoint import write_atomically
 from ptq161.evaluate.perplexity import perplexity
@@ -41,7 +42,8 @@ class Perplexities:
             name: perplexity(measured, tokens, self.seqlen, max_windows=self.max_windows)
             for name, tokens in self.held_out.items()
         }
-        write_atomically(self.path, lambda path: path.write_text(json.dumps(self.stages)))
+        text = json.dumps(self.stages)
+        ranks.from_first(lambda: write_atomically(self.path, lambda path: path.write_text(text)))
 
     def by_source(self) -> dict[str, dict[str, Any]]:
         """Source -> stage -> what `perplexity` returns."""

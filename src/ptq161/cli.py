@@ -40,7 +40,7 @@ COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "serve": serve_command,
     "bench": bench_command,
 }
-SHARED = ("quantize", "eval")  # what several processes can do together
+SHARED = ("quantize", "preprocess", "eval")  # what several processes can do together
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(arguments)
         if torchrun_rank() is not None and args.command not in SHARED:
-            raise InputError(f"torchrun can run {' and '.join(SHARED)}; start {args.command} without it")
+            raise InputError(f"torchrun can run {', '.join(SHARED)}; start {args.command} without it")
         if torchrun_rank() == 0:
             signal.signal(signal.SIGTERM, partial(_ended, KEPT.get(args.command, "")))
         status = COMMANDS[args.command](args)

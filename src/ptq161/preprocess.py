@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import ptq161
+from ptq161 import ranks
 from ptq161.adapters import target_linears
 from ptq161.before_after import Perplexities, salient_weights
 from ptq161.checkpoint import WorkFolder, check_disk, check_out
@@ -41,7 +42,7 @@ from ptq161.hf import load
 from ptq161.machine import peak_rss_bytes, pick_device
 from ptq161.pipeline import DTYPES
 from ptq161.records import fingerprint
-from ptq161.restoration import Restoration
+from ptq161.restoration import Restoration, passes_of_a_rank
 from ptq161.sources import open_dense
 from ptq161.walk import OnProgress, Progress
 
@@ -90,54 +91,64 @@ def preprocess(
     text: SOURCEs that the adapters learn from. quantized: a packed checkpoint of the model; without, one is made with
     `preset`, calibrated on `calib` (default: `text`). ppl: SOURCEs of held-out text; with any, the result is also
     quantized, as the first time, and all four models are measured. dtype: of the result; `auto` keeps the source's.
-    overrides: fields of PreprocessConfig.
+    overrides: fields of PreprocessConfig. Of several ranks each calls this with the same arguments.
 
     Returns the JSON of `ptq161 preprocess --json`. Raises InputError before anything is written, Ptq161Error later,
     with what was done kept beside OUT.
     """
     began = time.monotonic()
-    config, out = PreprocessConfig().replaced(overrides), Path(out)
+    out = Path(out)
     work = WorkFolder(out)
-    work.complete()
-    check_out(out, overwrite=overwrite)
-    source, tokenizer = open_dense(model)
-    once = None if quantized is None else Path(quantized)
-    if once is None:
-        recipe: Recipe | None = preset_recipe(preset, list(calib or text))
-    else:
-        check_quantized(once, source)
-        recipe = recorded_recipe(once) if ppl else None
-    task = _Task(
-        source=source,
-        tokenizer=tokenizer,
-        config=config,
-        targets=target_linears(_linears(source), config.targets),
-        samples=_samples(text, config, tokenizer, source),
-        quantized=once,
-        recipe=recipe,
-        held_out={name: evaluation_tokens(name, tokenizer) for name in ppl},
-        ppl_seqlen=ppl_seqlen,
-        max_windows=max_windows,
-        device=pick_device(device),
-        dtype=_dtype(dtype, source),
-        on_progress=on_progress,
-    )
-    if recipe is not None and SELF not in recipe[1].sources:
-        calibration_tokens(recipe[1], tokenizer, source.skeleton)  # refuses now what would be refused in two hours
-    check_disk(out, _work_bytes(task))
-    with work.open(_job(task), restart=restart):
+    with ranks.first_goes_first():
+        config = PreprocessConfig().replaced(overrides)
+        passes_of_a_rank(config)
+        if ranks.first():
+            work.complete()
+            check_out(out, overwrite=overwrite)
+        source, tokenizer = open_dense(model)
+        once = None if quantized is None else Path(quantized)
+        if once is None:
+            recipe: Recipe | None = preset_recipe(preset, list(calib or text))
+        else:
+            check_quantized(once, source)
+            recipe = recorded_recipe(once) if ppl else None
+        task = _Task(
+            source=source,
+            tokenizer=tokenizer,
+            config=config,
+            targets=target_linears(_linears(source), config.targets),
+            samples=_samples(text, config, tokenizer, source),
+            quantized=once,
+            recipe=recipe,
+            held_out={name: evaluation_tokens(name, tokenizer) for name in ppl},
+            ppl_seqlen=ppl_seqlen,
+            max_windows=max_windows,
+            device=pick_device(device),
+            dtype=_dtype(dtype, source),
+            on_progress=on_progress,
+        )
+        if recipe is not None and SELF not in recipe[1].sources:
+            calibration_tokens(recipe[1], tokenizer, source.skeleton)  # refuses now what would be refused in two hours
+        check_disk(out, _work_bytes(task))
+    with work.open(ranks.from_first(lambda: _job(task)), restart=restart):
         try:
             record = {"model": str(model), "text": list(text), **_run(task, work)}
             record["timing"]["seconds"] = time.monotonic() - began
-            (work.result / SALIENT_MAPS).write_text(json.dumps(record.pop("maps")))
-            write_json(work.result / RUN, record)
-            work.publish()
+            maps = record.pop("maps")
+            ranks.from_first(lambda: _publish(work, record, maps))
         except (OSError, SafetensorError) as error:
             raise Ptq161Error(
                 f"cannot write below {work.path}: {error}; what was done is kept, the same command continues"
             ) from error
     timing = record.pop("timing")
     return {**record, **timing, "peak_rss_bytes": peak_rss_bytes()}
+
+
+def _publish(work: WorkFolder, record: Mapping[str, Any], maps: Sequence[Mapping[str, Any]]) -> None:
+    """Write the records beside the model and put it at OUT."""
+    (work.result / SALIENT_MAPS).write_text(json.dumps(maps))
+    write_json(work.result / RUN, record)
+    work.publish()
 
 
 def _run(task: _Task, work: WorkFolder) -> dict[str, Any]:
@@ -160,11 +171,14 @@ def _run(task: _Task, work: WorkFolder) -> dict[str, Any]:
     began = time.monotonic()
     merged, losses = _restore(task, once, work.path / "adapters")
     trained = time.monotonic() - began
-    weights = {"original": task.source.weights, "quantized": dense(once).state_dict()}
-    spread, maps = salient_weights(weights | {"preprocessed": merged.state_dict()}, task.targets)
+
+    def spread_and_maps() -> tuple[dict[str, float], list[dict[str, Any]]]:
+        weights = {"original": task.source.weights, "quantized": dense(once).state_dict()}
+        return salient_weights(weights | {"preprocessed": merged.state_dict()}, task.targets)
+
+    spread, maps = ranks.from_first(spread_and_maps)
     merged.to(task.dtype)  # type: ignore[arg-type]
-    shutil.rmtree(work.result, ignore_errors=True)
-    _save(merged, task.tokenizer, work.result)
+    ranks.from_first(lambda: _save(merged, task.tokenizer, work.result))
     if task.held_out:
         again = quantized(merged, work.path / "again")
         measured.add("preprocessed", lambda: merged)
@@ -181,6 +195,7 @@ def _run(task: _Task, work: WorkFolder) -> dict[str, Any]:
         "concentration": spread,
         "maps": maps,
         "threads": torch.get_num_threads(),
+        "ranks": ranks.count(),
         "versions": {
             "ptq161": ptq161.__version__,
             "torch": torch.__version__,
@@ -261,12 +276,14 @@ def _job(task: _Task) -> dict[str, Any]:
         "dtype": str(task.dtype).removeprefix("torch."),
         "device": task.device.type,
         "threads": torch.get_num_threads(),
+        "ranks": ranks.count(),
         "ptq161": ptq161.__version__,
     }
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a dense model; its generation settings as they are, which save_pretrained may refuse as inconsistent."""
+    shutil.rmtree(folder, ignore_errors=True)
     generation = model.generation_config
     if generation is not None:
         model.generation_config = GenerationConfig()

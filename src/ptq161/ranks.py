@@ -153,6 +153,17 @@ def check_same(what: str, value: str) -> None:
         )
 
 
+@contextmanager
+def company() -> Iterator[None]:
+    """Around a library that computes together with the other ranks: Ptq161Error when one of them is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch_distributed.DistError) and "gloo" not in str(error):
+            raise
+        raise _lost(error) from error
+
+
 def _tell(box: tuple[Any] | None) -> None:
     """From rank 0 to all others, which `_hear`: a value, or None for a failure."""
     if count() > 1:
@@ -186,6 +197,10 @@ def _contact() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise Ptq161Error(
-            f"lost contact with another rank ({error}); what was finished is kept, give the same command again"
-        ) from error
+        raise _lost(error) from error
+
+
+def _lost(error: RuntimeError) -> Ptq161Error:
+    return Ptq161Error(
+        f"lost contact with another rank ({error}); what was finished is kept, give the same command again"
+    )

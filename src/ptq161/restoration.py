@@ -1,5 +1,7 @@
 """Training the restorative adapters: PEFT's LoRA under transformers' Trainer, in steps that can be taken up again.
 
+Of several ranks each does its part of the passes of a step, under the Trainer's DistributedDataParallel.
+
 The Trainer keeps its checkpoints in a folder of the caller's. One of them counts only once a marker stands in it that
 is written last, so that whatever kills the process leaves the one before.
 """
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
 from jaxtyping import Float, Int64
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
@@ -28,12 +31,13 @@ from transformers import (
     TrainingArguments,
 )
 
+from ptq161 import ranks
 from ptq161.adapters import merged_weight, on_grid
 from ptq161.binarize import QuantizedWeight
 from ptq161.checkpoint import sync_folder, write_atomically
 from ptq161.config import Loss, PreprocessConfig
 from ptq161.distill import logits_divergence
-from ptq161.errors import NonFiniteError
+from ptq161.errors import InputError, NonFiniteError
 from ptq161.fit import use_bfloat16
 
 COMPLETE = "complete"  # the marker
@@ -80,21 +84,27 @@ class Restoration:
     def train(self, samples: Int64[Tensor, "samples seq"], folder: Path, on_step: OnStep) -> list[float]:
         """Do the steps that the newest checkpoint in `folder` leaves, and return the loss of every step.
 
-        Raises NonFiniteError naming the step.
+        Raises NonFiniteError naming the step, Ptq161Error if another rank is gone.
         """
-        last = newest_checkpoint(folder)
+        last = ranks.from_first(lambda: newest_checkpoint(folder))
         if last is not None and _step_of(last) == self.config.steps:
             set_peft_model_state_dict(self.model, load_peft_weights(str(last), device=str(self.model.device)))
             return _losses(TrainerState.load_from_json(str(last / TRAINER_STATE)))
         device = self.model.device
+        batch_size, accumulation = passes_of_a_rank(self.config)
+        on_cpus = device.type == "cpu" and ranks.count() > 1
+        if on_cpus:  # accelerate says cpu:0, and torch cannot load an optimizer's state to there
+            PartialState(cpu=True).device = device
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=self.config.steps,
-            per_device_train_batch_size=self.config.batch_size,
-            gradient_accumulation_steps=self.config.accumulation,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
             learning_rate=self.config.lr,
             lr_scheduler_type="cosine",
             use_cpu=device.type == "cpu",
+            accelerator_config={"use_configured_state": on_cpus},
+            ddp_find_unused_parameters=False,
             seed=self.config.seed,
             save_strategy="no",  # when, says the watcher
             save_total_limit=2,
@@ -114,14 +124,18 @@ class Restoration:
             callbacks=[_Watcher(on_step, SECONDS_BETWEEN_SAVES)],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        with ranks.company():
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
         return _losses(trainer.state)
 
-    def loss(self, tokens: Int64[Tensor, "batch seq"]) -> Float[Tensor, ""]:
-        """What a step lowers, per predicted token and in nats; differentiable in the adapters."""
+    def loss(self, tokens: Int64[Tensor, "batch seq"], adapted: torch.nn.Module | None = None) -> Float[Tensor, ""]:
+        """What a step lowers, per predicted token and in nats; differentiable in the adapters.
+
+        adapted: `self.model` as the Trainer has wrapped it, to share gradients among ranks.
+        """
         device = tokens.device
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(self.config.compute, device)):
-            logits = self._logits(tokens)
+            logits = self._logits(tokens, adapted or self.model)
             if self.config.loss is Loss.TEXT:
                 return cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
             assert self.teacher is not None
@@ -129,9 +143,9 @@ class Restoration:
                 wanted = self.teacher(input_ids=tokens, use_cache=False).logits
             return logits_divergence(logits, wanted)
 
-    def _logits(self, tokens: Tensor) -> Tensor:
+    def _logits(self, tokens: Tensor, adapted: torch.nn.Module) -> Tensor:
         if not self.config.through:
-            result: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+            result: Tensor = adapted(input_ids=tokens, use_cache=False).logits
             return result
         with torch.autocast(tokens.device.type, enabled=False):
             weights = {f"{name}.weight": on_grid(weight, self.grids[name]) for name, weight in self.weights().items()}
@@ -169,8 +183,8 @@ class _Trainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of one pass; the Trainer averages over the passes of a step."""
-        return self.restoration.loss(inputs["input_ids"])
+        """The loss of one pass; the Trainer averages over the passes of a step, and over ranks."""
+        return self.restoration.loss(inputs["input_ids"], model)
 
 
 @dataclass
@@ -185,7 +199,7 @@ class _Watcher(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ask for a checkpoint at the end, and where the last one is too long ago."""
-        late = time.monotonic() - self.saved_at >= self.seconds_between_saves
+        late = ranks.from_first(lambda: time.monotonic() - self.saved_at >= self.seconds_between_saves)
         control.should_save = late or state.global_step == state.max_steps
 
     def on_log(
@@ -204,11 +218,34 @@ class _Watcher(TrainerCallback):
         self.on_step(state.global_step, state.max_steps, logs["loss"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Mark the checkpoint as complete once it is on the disk."""
+        """Mark the checkpoint as complete once all ranks' parts of it are on the disk."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        sync_folder(folder)
-        write_atomically(folder / COMPLETE, lambda path: path.write_text(""))
+        ranks.gathered(state.global_step)
+        if ranks.first():
+            sync_folder(folder)
+            write_atomically(folder / COMPLETE, lambda path: path.write_text(""))
         self.saved_at = time.monotonic()
+
+
+def passes_of_a_rank(config: PreprocessConfig) -> tuple[int, int]:
+    """Samples of a pass and passes of a step, of each rank; together they do `batch_size` x `accumulation` samples.
+
+    Raises InputError if neither can be divided, or if the weights that the loss depends on are not the model's own.
+    """
+    number = ranks.count()
+    if number > 1 and config.through:
+        raise InputError(
+            f"through=true with {number} ranks: the weights on the grid are not those whose gradients ranks share; "
+            "leave it out, or start without torchrun"
+        )
+    if config.accumulation % number == 0:
+        return config.batch_size, config.accumulation // number
+    if config.batch_size % number == 0:
+        return config.batch_size // number, config.accumulation
+    raise InputError(
+        f"batch_size={config.batch_size} and accumulation={config.accumulation}: one of them has to be a multiple of "
+        f"the {number} ranks; give --set accumulation={-(-config.accumulation // number) * number}"
+    )
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

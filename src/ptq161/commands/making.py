@@ -5,7 +5,7 @@ import shlex
 from argparse import Namespace
 from pathlib import Path
 
-from ptq161.commands.common import require, show_result
+from ptq161.commands.common import require, show_result, torchrun_rank
 from ptq161.commands.rows import weight_bytes
 from ptq161.errors import InputError
 from ptq161.options import preprocess_settings, quantize_settings
@@ -45,17 +45,17 @@ def preprocess_command(args: Namespace) -> int:
         require("report", "matplotlib")
         if not args.maps.absolute().parent.is_dir():
             raise InputError(f"--maps {args.maps}: its folder does not exist; make it, or choose another file")
-    from ptq161 import meters, tables, terminal
+    from ptq161 import meters, ranks, tables, terminal
     from ptq161.preprocess import SALIENT_MAPS, preprocess
 
     names = ("text", "quantized", "preset", "calib", "ppl", "ppl_seqlen", "max_windows")
     keywords |= {name: getattr(args, name) for name in (*names, "device", "dtype", "overwrite", "restart")}
-    with terminal.quiet_libraries(debug=args.debug):
-        meter = meters.QuantizeMeter(quiet=args.quiet)
+    with terminal.quiet_libraries(debug=args.debug), ranks.joined(args.device):
+        meter = meters.QuantizeMeter(quiet=args.quiet or not ranks.first())
         with meter:
             meter.line(f"reading {args.model} and the text")
             result = preprocess(args.model, args.out, on_progress=meter, **keywords)
-    if args.maps is not None:
+    if args.maps is not None and not torchrun_rank():
         from ptq161.report.maps import maps_figure
 
         maps_figure(json.loads(Path(args.out, SALIENT_MAPS).read_text())).savefig(args.maps, dpi=150)
