@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.colors import to_hex
+from test_maps import MAPS
 from test_report import Outline
 
 from ptq161 import cli, shapes
+from ptq161.before_after import SALIENT_MAPS
 from ptq161.discovery import decoder_blocks
 from ptq161.errors import InputError
 from ptq161.evaluate.channels import channel_magnitudes, width_map
@@ -298,13 +300,17 @@ def test_the_command_writes_page_and_pictures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(shapes, "MODELS", {})  # building them takes seconds
+    rows[-2]["preprocessing"] = str(tmp_path / "restored")
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
+    (tmp_path / "restored").mkdir()
+    (tmp_path / "restored" / SALIENT_MAPS).write_text(json.dumps(MAPS))
     (tmp_path / "channels.json").write_text(json.dumps(comparison.channels))
     ablations = tmp_path / "ablations.jsonl"
     ablations.write_text(json.dumps({"variant": "full precision"} | rows[0]) + "\n")
     assert cli.main(["report", str(tmp_path), "--ablations", str(ablations), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert set(result["figures"]) == {"bits-1", "bits-2", "parts", "blocks", "effort", "channels"}
+    assert set(result["figures"]) == {"bits-1", "bits-2", "parts", "blocks", "effort", "channels", "salient"}
+    assert "What preprocessing moves" in Path(result["page"]).read_text()
     assert "One thing changed at a time" in Path(result["page"]).read_text()
     assert cli.main(["report", str(tmp_path / "none")]) == 2
     assert "cannot read rows from" in capsys.readouterr().err

@@ -14,7 +14,7 @@ MAPS = [
 
 
 def test_every_linear_and_stage_has_a_panel():
-    figure = maps_figure(MAPS)
+    figure = maps_figure(MAPS, 7.0)
     panels = figure.axes
     assert [axes.get_title("left") for axes in panels] == ["original", "quantized", "preprocessed"] * 2
     labels = [axes.get_ylabel() for axes in panels[::3]]

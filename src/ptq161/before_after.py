@@ -15,6 +15,7 @@ from ptq161.adapters import concentration, salient_counts
 from ptq161.checkpoint import write_atomically
 from ptq161.evaluate.perplexity import perplexity
 
+SALIENT_MAPS = "salient_maps.json"  # in the preprocessed model's folder: what `report.maps` draws
 MAP_BINS = 64  # cells of a salient map along each axis
 
 

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 import ptq161
 from ptq161 import ranks
 from ptq161.adapters import target_linears
-from ptq161.before_after import Perplexities, salient_weights
+from ptq161.before_after import SALIENT_MAPS, Perplexities, salient_weights
 from ptq161.checkpoint import WorkFolder, check_disk, check_out
 from ptq161.config import CalibrationConfig, Loss, PreprocessConfig, Start, unknown
 from ptq161.data import SELF, calibration_and_fresh_tokens, calibration_tokens, evaluation_tokens
@@ -45,8 +45,6 @@ from ptq161.records import fingerprint
 from ptq161.restoration import Restoration, passes_of_a_rank
 from ptq161.sources import open_dense
 from ptq161.walk import OnProgress, Progress
-
-SALIENT_MAPS = "salient_maps.json"  # in OUT: what `report.maps` draws
 
 
 @dataclass(frozen=True)

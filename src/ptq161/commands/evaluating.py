@@ -96,6 +96,7 @@ def report_command(args: Namespace) -> int:
     """The page of a comparison."""
     require("report", "matplotlib")
     from ptq161 import shapes, terminal
+    from ptq161.before_after import SALIENT_MAPS
     from ptq161.comparison_inputs import CHANNELS, MODELS, RESULTS
     from ptq161.evaluate.channels import width_map
     from ptq161.hf import is_packed
@@ -105,6 +106,8 @@ def report_command(args: Namespace) -> int:
     ablations = {str(file): comparison.read_rows(file, comparison.ABLATION_COLUMNS) for file in args.ablations}
     channels = args.path / CHANNELS
     folders = [folder for folder in sorted((args.path / MODELS / "original").glob("*")) if is_packed(folder)]
+    preprocessed = [Path(row["preprocessing"], SALIENT_MAPS) for row in rows if row["preprocessing"] is not None]
+    salient = next((json.loads(path.read_text()) for path in preprocessed if path.exists()), [])
     with terminal.quiet_libraries(debug=args.debug):
         results = comparison.arranged(
             rows,
@@ -112,6 +115,7 @@ def report_command(args: Namespace) -> int:
             ablations=ablations,
             channels=json.loads(channels.read_text()) if channels.exists() else [],
             maps={folder.name: width_map(folder) for folder in folders},
+            salient=salient,
             memory=shapes.memory_table(),
         )
         result = writing.write_report(results, args.path)

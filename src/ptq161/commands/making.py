@@ -46,7 +46,8 @@ def preprocess_command(args: Namespace) -> int:
         if not args.maps.absolute().parent.is_dir():
             raise InputError(f"--maps {args.maps}: its folder does not exist; make it, or choose another file")
     from ptq161 import meters, ranks, tables, terminal
-    from ptq161.preprocess import SALIENT_MAPS, preprocess
+    from ptq161.before_after import SALIENT_MAPS
+    from ptq161.preprocess import preprocess
 
     names = ("text", "quantized", "preset", "calib", "ppl", "ppl_seqlen", "max_windows")
     keywords |= {name: getattr(args, name) for name in (*names, "device", "dtype", "overwrite", "restart")}
@@ -58,6 +59,6 @@ def preprocess_command(args: Namespace) -> int:
     if args.maps is not None and not torchrun_rank():
         from ptq161.report.maps import maps_figure
 
-        maps_figure(json.loads(Path(args.out, SALIENT_MAPS).read_text())).savefig(args.maps, dpi=150)
+        maps_figure(json.loads(Path(args.out, SALIENT_MAPS).read_text()), 7.0).savefig(args.maps, dpi=150)
     hint = None if args.quiet else f"ptq161 quantize {shlex.quote(args.out)} OUT"
     return show_result(args, result, lambda out: tables.show_preprocessed(out, result, hint))

@@ -37,6 +37,7 @@ class Comparison:
     original: the row at full precision. entries: the quantized rows that were measured, best on the first text first.
     left_out: the others. ablations: by file name, rows with `variant`, `bits_per_weight` and `perplexity`.
     channels: magnitudes of input channels, see `magnitudes`. maps: method -> block -> code width of every channel.
+    salient: of a preprocessed model, where its salient weights lay before and after, see `maps_figure`.
     memory: model -> format -> bytes.
     """
 
@@ -46,6 +47,7 @@ class Comparison:
     ablations: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     channels: Sequence[Mapping[str, Any]] = ()
     maps: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
+    salient: Sequence[Mapping[str, Any]] = ()
     memory: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property

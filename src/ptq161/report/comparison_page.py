@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from ptq161.report import comparison_figures as figures
 from ptq161.report import page
 from ptq161.report.comparison import Comparison, Entry
+from ptq161.report.maps import maps_figure
 
 FEW_BITS = 3  # where the best of the other methods is looked for
 NAMED_OTHERS = 2  # lines of other methods that have a colour and a name in the figure of blocks
@@ -29,6 +30,7 @@ def comparison_page(comparison: Comparison) -> str:
             *_tasks(comparison),
             *_blocks(comparison),
             *_channels(comparison),
+            *_preprocessing(comparison),
             *_ablations(comparison),
             *_memory(comparison),
             *_effort(comparison),
@@ -54,6 +56,8 @@ def drawings(comparison: Comparison) -> dict[str, Callable[[float], Figure]]:
         found["tasks"] = lambda width: figures.tasks_figure(scores, width)
     if comparison.channels:
         found["channels"] = lambda width: figures.magnitudes_figure(comparison.channels, width)
+    if comparison.salient:
+        found["salient"] = lambda width: maps_figure(comparison.salient, width)
     for name, widths in comparison.maps.items():
         found[f"map-{name}"] = lambda width, widths=widths: figures.map_figure(widths, width)  # type: ignore[misc]
     return found
@@ -225,6 +229,18 @@ def _channels(comparison: Comparison) -> Iterator[str]:
             f"Which channels of each block's first layer have how many bits: {name}.",
             f"{name}: the first linear layer of every decoder block. Channels with more bits line up from block to "
             "block where the same ones are loud everywhere.",
+        )
+
+
+def _preprocessing(comparison: Comparison) -> Iterator[str]:
+    if comparison.salient:
+        yield "<h2>What preprocessing moves</h2>"
+        yield _figure(
+            comparison,
+            "salient",
+            "Where the largest weights of three layers lie in the original, once quantized, and preprocessed.",
+            "The largest 5 % of the weights of three layers; the darker, the more of them. Rows are input channels. "
+            "Where they line up in rows, keeping whole channels at 4 bits keeps most of them.",
         )
 
 

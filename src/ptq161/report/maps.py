@@ -12,21 +12,18 @@ except ModuleNotFoundError as error:
 
 from ptq161.report.palette import STYLE, colour
 
-PANEL_INCHES = 2.3
 
-
-def maps_figure(maps: Sequence[Mapping[str, Any]]) -> Figure:
+def maps_figure(maps: Sequence[Mapping[str, Any]], width: float) -> Figure:
     """One row of panels per linear, one column per stage; the darker a cell, the more salient weights are in it.
 
     maps: `{linear, stage, shape, counts}` each, the counts of cells with input channels downwards. The panels of a
-    linear share their scale.
+    linear share their scale. width: of the figure, in inches.
     """
     linears = list(dict.fromkeys(shown["linear"] for shown in maps))
     stages = list(dict.fromkeys(shown["stage"] for shown in maps))
     shades = LinearSegmentedColormap.from_list("salient", [colour("on_colour"), colour("salient"), colour("ink")])
     with rc_context(STYLE):
-        size = (PANEL_INCHES * len(stages), PANEL_INCHES * len(linears) + 0.3)
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=(width, width / len(stages) * len(linears) + 0.3), layout="constrained")
         panels = figure.subplots(len(linears), len(stages), squeeze=False)
         for shown in maps:
             row, column = linears.index(shown["linear"]), stages.index(shown["stage"])
