@@ -107,7 +107,7 @@ def report_command(args: Namespace) -> int:
     channels = args.path / CHANNELS
     folders = [folder for folder in sorted((args.path / MODELS / "original").glob("*")) if is_packed(folder)]
     preprocessed = [Path(row["preprocessing"], SALIENT_MAPS) for row in rows if row["preprocessing"] is not None]
-    salient = next((json.loads(path.read_text()) for path in preprocessed if path.exists()), [])
+    salient: list[dict[str, Any]] = next((json.loads(path.read_text()) for path in preprocessed if path.exists()), [])
     with terminal.quiet_libraries(debug=args.debug):
         results = comparison.arranged(
             rows,
