@@ -30,6 +30,7 @@ PUBLISHED = {"statistic": "absmax", "salient_range": "row", "row_mean": True, "m
 VARIANTS: dict[str, dict[str, object]] = {
     "published code": {},
     "statistic: mean |x| for max |x|": {"statistic": "absmean"},
+    "statistic: OWQ's Hessian (Table 5)": {"statistic": "hessian"},
     "4-bit range: salient columns only": {"salient_range": "salient"},
     "no row mean (Eq. 9)": {"row_mean": False},
     "L2 norm for MSE (Eq. 5)": {"magnitude": "l2"},
@@ -37,6 +38,11 @@ VARIANTS: dict[str, dict[str, object]] = {
     "float32 arithmetic for bfloat16": {"compute": "float32"},
     "no learning": {"epochs": 0},
     "no mask": {"salient_ratio": 0.0, "bits": None},
+    "salient ratio 5 % (Fig. 6)": {"salient_ratio": 0.05, "bits": None},
+    "salient ratio 10 % (Fig. 6)": {"salient_ratio": 0.1, "bits": None},
+    "salient ratio 30 % (Fig. 6)": {"salient_ratio": 0.3, "bits": None},
+    "row scales not learned": {"lr_scale": 0.0},
+    "angular factors not learned": {"lr_angular": 0.0},
     "plain signs (no mask, mean or learning)": {
         "salient_ratio": 0.0,
         "bits": None,

@@ -19,7 +19,11 @@ from ptq161.methods.ptq161 import channel_importance
 from ptq161.packing import unpack
 from ptq161.sources import open_model
 
-MEASURES = {Statistic.ABSMAX: "largest |x|", Statistic.ABSMEAN: "mean |x|"}
+MEASURES = {
+    Statistic.ABSMAX: "largest |x|",
+    Statistic.ABSMEAN: "mean |x|",
+    Statistic.HESSIAN: "x² · error of signs²",
+}
 MIXED_MEASURE = "mean x² × sum of w²"
 CORNER_ROWS, CORNER_COLUMNS = 8, 32
 NARROW_COLUMNS = 16  # of the corner are surely seen on a phone
@@ -76,7 +80,8 @@ def ranking(
         total = shared_importance(linears, stats, dict.fromkeys(linears, first))[first]
         return MIXED_MEASURE, total / stats[first].tokens
     statistic = Statistic(config["statistic"])
-    return MEASURES[statistic], channel_importance(stats[first], statistic)
+    weights = [linear.weight.detach() for linear in linears.values()]
+    return MEASURES[statistic], channel_importance(stats[first], weights, statistic)
 
 
 def channel_widths(linear: PackedLinear) -> list[str]:

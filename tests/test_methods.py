@@ -136,11 +136,21 @@ def test_randomness_depends_on_seed_and_block_alone():
 
 def test_statistics_rank_channels_differently():
     stats = task_of(WEIGHT, HIDDEN, 0.25).stats["one"]
-    assert channel_importance(stats, Statistic.ABSMAX).tolist() == [1.0, 9.0, 0.5, 8.0]
-    assert channel_importance(stats, Statistic.ABSMEAN).tolist() == [1.0, 4.5, 0.5, 8.0]
+    assert channel_importance(stats, [], Statistic.ABSMAX).tolist() == [1.0, 9.0, 0.5, 8.0]
+    assert channel_importance(stats, [], Statistic.ABSMEAN).tolist() == [1.0, 4.5, 0.5, 8.0]
 
 
-@pytest.mark.parametrize(("statistic", "channel"), [(Statistic.ABSMAX, 1), (Statistic.ABSMEAN, 3)])
+def test_the_hessian_ranks_by_the_error_of_signs():
+    stats = task_of(WEIGHT, HIDDEN, 0.25).stats["one"]
+    weights = [torch.tensor([[1.0, -1, 1, 5]]), torch.tensor([[2.0, 2, -4, 8], [1, 1, 1, 1]])]
+    errors = torch.tensor([1.0 + 4 + 0, 1.0 + 4 + 0, 1.0 + 0 + 0, 9.0 + 16 + 0])  # rows have mean magnitudes 2, 4 and 1
+    squares = torch.tensor([1.0, 40.5, 0.25, 64.0])
+    assert channel_importance(stats, weights, Statistic.HESSIAN).equal(squares * errors)
+
+
+@pytest.mark.parametrize(
+    ("statistic", "channel"), [(Statistic.ABSMAX, 1), (Statistic.ABSMEAN, 3), (Statistic.HESSIAN, 3)]
+)
 def test_linears_with_one_input_share_their_mask(statistic, channel):
     masks = block_masks(task_of(WEIGHT, HIDDEN, 0.25), statistic)
     assert masks["one"].nonzero().squeeze(1).tolist() == [channel]

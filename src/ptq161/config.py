@@ -18,10 +18,11 @@ from ptq161.errors import InputError, one_line
 
 
 class Statistic(enum.StrEnum):
-    """Per-channel activation statistic that ranks the input channels (section 3.2)."""
+    """What ranks the input channels (section 3.2, Table 5)."""
 
     ABSMAX = "absmax"  # published code: max |x| over every calibration token
     ABSMEAN = "absmean"  # the paper's wording: activation magnitude; robust against one outlier token
+    HESSIAN = "hessian"  # OWQ's, which the paper compares with: the error of binarizing a channel, by its squared input
 
 
 class SalientRange(enum.StrEnum):

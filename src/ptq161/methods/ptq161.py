@@ -1,7 +1,9 @@
 """PTQ1.61 on one decoder block: structured mask, binarization, learned factors (sections 3.2 and 3.3)."""
 
+from collections.abc import Sequence
+
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ptq161.binarize import FOUR_BIT, as_stored, quantize_weight, salient_columns
@@ -29,17 +31,29 @@ def ptq161(task: BlockTask, config: QuantConfig, on_step: OnStep) -> BlockResult
 
 def block_masks(task: BlockTask, statistic: Statistic) -> dict[str, Bool[Tensor, " cols"]]:
     """The structured mask of every linear; linears that see the same input share one."""
+    owners = {name: task.columns_from.get(name, name) for name in task.linears}
     masks: dict[str, Bool[Tensor, " cols"]] = {}
-    for name in task.linears:
-        owner = task.columns_from.get(name)
-        if owner is not None:
-            masks[name] = masks[owner]
-        else:
-            count = dict(task.widths[name]).get(FOUR_BIT.name, 0)
-            masks[name] = salient_columns(channel_importance(task.stats[name], statistic), count)
+    for name, owner in owners.items():
+        if owner not in masks:
+            count = dict(task.widths[owner]).get(FOUR_BIT.name, 0)
+            fed = [task.linears[other].weight.detach() for other in owners if owners[other] == owner]
+            masks[owner] = salient_columns(channel_importance(task.stats[owner], fed, statistic), count)
+        masks[name] = masks[owner]
     return masks
 
 
-def channel_importance(stats: InputStats, statistic: Statistic) -> Tensor:
-    """Magnitude of each input channel over the calibration tokens (section 3.2), shape (cols,)."""
-    return stats.absmax if statistic is Statistic.ABSMAX else stats.abs_sum / stats.tokens
+def channel_importance(
+    stats: InputStats, weights: Sequence[Float[Tensor, "_ cols"]], statistic: Statistic
+) -> Float[Tensor, " cols"]:
+    """What each input channel of some linears that share it counts for, over the calibration tokens (section 3.2).
+
+    Its magnitude; or its squared magnitude times the squared error of its weights as signs, the diagonal form of the
+    Hessian that OWQ ranks by.
+    """
+    if statistic is Statistic.ABSMAX:
+        return stats.absmax
+    if statistic is Statistic.ABSMEAN:
+        return stats.abs_sum / stats.tokens
+    magnitudes = torch.cat([weight.float().abs() for weight in weights])
+    errors = (magnitudes - magnitudes.mean(dim=1, keepdim=True)).square().sum(dim=0)
+    return errors * stats.square_sum / stats.tokens
