@@ -149,7 +149,7 @@ def test_the_hessian_ranks_by_the_error_of_signs():
 
 
 @pytest.mark.parametrize(
-    ("statistic", "channel"), [(Statistic.ABSMAX, 1), (Statistic.ABSMEAN, 3), (Statistic.HESSIAN, 3)]
+    ("statistic", "channel"), [(Statistic.ABSMAX, 1), (Statistic.ABSMEAN, 3), (Statistic.HESSIAN, 1)]
 )
 def test_linears_with_one_input_share_their_mask(statistic, channel):
     masks = block_masks(task_of(WEIGHT, HIDDEN, 0.25), statistic)
