@@ -264,7 +264,7 @@ class Judge:
             outcome.failures.append(f"{door}: computes something else")
 
     def _read_texts(self, outcome: Outcome, folder: Path, name: str, bounds: str) -> None:
-        from ptq161 import arguments, config, data
+        from ptq161 import arguments, config, data, options
         from ptq161.hub import Split
 
         path = folder / name
@@ -272,7 +272,7 @@ class Judge:
             args = arguments.parse(["quantize", "model", "out", "--config", str(path)])
 
             def settings() -> Any:
-                keywords = arguments.quantize_settings(args)
+                keywords = options.quantize_settings(args)
                 fields = config.QuantConfig.__dataclass_fields__.keys() & keywords.keys()
                 return config.PRESETS["fast"].quant.replaced({key: keywords[key] for key in fields})
 

@@ -207,10 +207,8 @@ def test_killed_at_any_moment_the_same_command_continues(run, tmp_path, llama_fo
 
 # Killed when this is called for the n-th time.
 MOMENTS = [
-    ("ptq161.restoration._Watcher.on_log", 4),  # between two checkpoints
-    ("ptq161.restoration.sync_folder", 3),  # with files of a checkpoint that may not be on the disk yet
+    ("ptq161.restoration.sync_folder", 4),  # with files of a checkpoint that may not be on the disk yet
     ("torch.save", 6),  # with half a checkpoint
-    ("ptq161.preprocess._save", 1),  # with everything learned and nothing written
     ("ptq161.preprocess.write_json", 1),  # with a model that lacks its record
 ]
 KILLED = f"""
