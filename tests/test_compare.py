@@ -169,6 +169,7 @@ def check_bits(row, shapes, blocks):
 STORIES = {0: [(64, 64), (32, 64), (32, 64)], 1: [(64, 64)], 2: [(172, 64), (172, 64)], 3: [(64, 172)]}
 COMMITTED = {  # file -> shapes and number of the model's blocks
     "compare-quick-smollm2-135m.jsonl": (SMOLLM2, 30),
+    "compare-smollm2-135m.jsonl": (SMOLLM2, 30),
     "compare-stories260k.jsonl": (STORIES, 5),
 }
 

@@ -242,6 +242,13 @@ def test_filtered_metrics_find_their_error(rows: list[dict[str, Any]]) -> None:
     assert task_scores(arranged(rows, Path("r"))) == {"gsm8k: exact_match,strict": [("full precision", 0.1, 0.05)]}
 
 
+def test_perplexity_of_a_task_is_no_share(rows: list[dict[str, Any]]) -> None:
+    rows[0]["tasks"] = {
+        "lambada": {"perplexity": 43.4, "perplexity_stderr": 6.9, "acc": 0.3, "acc_stderr": 0.02, "n": 9}
+    }
+    assert task_scores(arranged(rows, Path("r"))) == {"lambada: acc": [("full precision", 0.3, 0.02)]}
+
+
 def test_files(comparison: Comparison, tmp_path: Path) -> None:
     result = write_report(comparison, tmp_path)
     assert (tmp_path / "report.html").read_text() == comparison_page(comparison)
