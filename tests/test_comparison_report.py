@@ -20,7 +20,8 @@ from ptq161.methods import BASELINES
 from ptq161.report import comparison_figures as figures
 from ptq161.report import page
 from ptq161.report.comparison import ABLATION_COLUMNS, RESULT_COLUMNS, Comparison, arranged, read_rows
-from ptq161.report.comparison_page import comparison_page, drawings, task_scores
+from ptq161.report.comparison_page import comparison_page
+from ptq161.report.drawings import drawings, task_scores
 from ptq161.report.families import bits_by_label, family_of
 from ptq161.report.palette import COLOURS, colour
 from ptq161.report.writing import write_report

@@ -104,20 +104,16 @@ def preprocess(
             work.complete()
             check_out(out, overwrite=overwrite)
         source, tokenizer = open_dense(model)
-        once = None if quantized is None else Path(quantized)
-        if once is None:
-            recipe: Recipe | None = preset_recipe(preset, list(calib or text))
-        else:
-            check_quantized(once, source)
-            recipe = recorded_recipe(once) if ppl else None
+        if quantized is not None:
+            check_quantized(Path(quantized), source)
         task = _Task(
             source=source,
             tokenizer=tokenizer,
             config=config,
             targets=target_linears(_linears(source), config.targets),
             samples=_samples(text, config, tokenizer, source),
-            quantized=once,
-            recipe=recipe,
+            quantized=None if quantized is None else Path(quantized),
+            recipe=_recipe(quantized, preset, list(calib or text), again=bool(ppl)),
             held_out={name: evaluation_tokens(name, tokenizer) for name in ppl},
             ppl_seqlen=ppl_seqlen,
             max_windows=max_windows,
@@ -125,8 +121,8 @@ def preprocess(
             dtype=_dtype(dtype, source),
             on_progress=on_progress,
         )
-        if recipe is not None and SELF not in recipe[1].sources:
-            calibration_tokens(recipe[1], tokenizer, source.skeleton)  # refuses now what would be refused in two hours
+        if task.recipe is not None and SELF not in task.recipe[1].sources:
+            calibration_tokens(task.recipe[1], tokenizer, source.skeleton)  # refuses now, and not in two hours
         check_disk(out, _work_bytes(task))
     with work.open(ranks.from_first(lambda: _job(task)), restart=restart):
         try:
@@ -140,6 +136,13 @@ def preprocess(
             ) from error
     timing = record.pop("timing")
     return {**record, **timing, "peak_rss_bytes": peak_rss_bytes()}
+
+
+def _recipe(quantized: str | Path | None, preset: str, calib: Sequence[str], *, again: bool) -> Recipe | None:
+    """How to quantize: by a preset, or as a packed checkpoint was; None where nothing is to be quantized."""
+    if quantized is None:
+        return preset_recipe(preset, calib)
+    return recorded_recipe(Path(quantized)) if again else None
 
 
 def _publish(work: WorkFolder, record: Mapping[str, Any], maps: Sequence[Mapping[str, Any]]) -> None:

@@ -154,8 +154,8 @@ def check_same(what: str, value: str) -> None:
 
 
 @contextmanager
-def company() -> Iterator[None]:
-    """Around a library that computes together with the other ranks: Ptq161Error when one of them is gone."""
+def lost_ranks_reported() -> Iterator[None]:
+    """Around a library that talks to the other ranks itself: Ptq161Error when one of them is gone."""
     try:
         yield
     except RuntimeError as error:

@@ -124,7 +124,7 @@ class Restoration:
             callbacks=[_Watcher(on_step, SECONDS_BETWEEN_SAVES)],
         )
         trainer.remove_callback(PrinterCallback)
-        with ranks.company():
+        with ranks.lost_ranks_reported():
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         return _losses(trainer.state)
 

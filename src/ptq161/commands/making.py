@@ -58,7 +58,8 @@ def preprocess_command(args: Namespace) -> int:
             result = preprocess(args.model, args.out, on_progress=meter, **keywords)
     if args.maps is not None and not torchrun_rank():
         from ptq161.report.maps import maps_figure
+        from ptq161.report.page import WIDE_INCHES
 
-        maps_figure(json.loads(Path(args.out, SALIENT_MAPS).read_text()), 7.0).savefig(args.maps, dpi=150)
+        maps_figure(json.loads(Path(args.out, SALIENT_MAPS).read_text()), WIDE_INCHES).savefig(args.maps, dpi=150)
     hint = None if args.quiet else f"ptq161 quantize {shlex.quote(args.out)} OUT"
     return show_result(args, result, lambda out: tables.show_preprocessed(out, result, hint))

@@ -7,7 +7,8 @@ from matplotlib import rc_context
 
 from ptq161.errors import InputError
 from ptq161.report.comparison import Comparison
-from ptq161.report.comparison_page import comparison_page, drawings
+from ptq161.report.comparison_page import comparison_page
+from ptq161.report.drawings import drawings
 from ptq161.report.page import WIDE_INCHES
 from ptq161.report.palette import STYLE
 
