@@ -15,10 +15,11 @@ from ptq161.config import QuantConfig
 from ptq161.discovery import decoder_blocks
 from ptq161.distill import (
     ROWS_AT_ONCE,
-    Distillation,
     divergence,
+    held_apart,
     held_out_count,
     held_out_divergence,
+    predictions,
     step_count,
     tune,
 )
@@ -59,11 +60,16 @@ def latents_of(model):
 def run(model, samples=SAMPLES, config=CONFIG, state=None, on_step=lambda *step: None, save=lambda state: None):
     """(record, student) of a whole run from the model's own latents."""
     student = student_of(model, latents_of(model))
-    return tune(model, student, samples, config, state, on_step, save), student
+    return tune(model, student, *held_apart(samples), config, state, on_step, save), student
 
 
 def leaves(student):
     return {name: leaf.detach().clone() for name, leaf in student.leaves().items()}
+
+
+def differs(model, student, tokens):
+    """The loss of a step on tokens."""
+    return divergence(model, student, tokens, predictions(model, tokens))
 
 
 # The loss
@@ -95,8 +101,8 @@ def test_divergence_of_equal_logits_is_nothing():
 def test_divergence_is_a_mean_over_tokens():
     model = tiny()
     student = student_of(model, latents_of(model))
-    whole = divergence(model, student, SAMPLES[:3]).item()
-    assert whole == pytest.approx(sum(divergence(model, student, s[None]).item() for s in SAMPLES[:3]) / 3, rel=0.02)
+    whole = differs(model, student, SAMPLES[:3]).item()
+    assert whole == pytest.approx(sum(differs(model, student, s[None]).item() for s in SAMPLES[:3]) / 3, rel=0.02)
     assert whole > 0.05
 
 
@@ -120,10 +126,10 @@ def test_student_of_an_original_that_is_representable_does_not_differ(family):
     for name, latent in latents.items():
         model.get_submodule(name).weight.copy_(latent.dense(torch.float32).detach())
     student = student_of(model, latents)
-    assert divergence(model, student, SAMPLES[:2]).item() == pytest.approx(0, abs=1e-6)
+    assert differs(model, student, SAMPLES[:2]).item() == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         next(iter(student.norms.values())).mul_(1.5)
-    assert divergence(model, student, SAMPLES[:2]).item() > 1e-4
+    assert differs(model, student, SAMPLES[:2]).item() > 1e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -149,7 +155,7 @@ def test_every_leaf_of_every_family_learns(family, dtype):
     blocks.to(dtype)
     with float32_vectors(model):
         student = student_of(model, latents_of(model))
-        divergence(model, student, SAMPLES[:2]).backward()
+        differs(model, student, SAMPLES[:2]).backward()
     for name, leaf in student.leaves().items():
         assert leaf.grad is not None and leaf.grad.isfinite().all(), name
     assert all(norm.grad.abs().max() > 0 for norm in student.norms.values())
@@ -166,7 +172,7 @@ def test_blocks_computed_again_change_nothing(family):
     found = []
     for recomputed in ((), names):
         student = student_of(model, latents_of(model), recomputed)
-        loss = divergence(model, student, SAMPLES[:2])
+        loss = differs(model, student, SAMPLES[:2])
         loss.backward()
         found.append([loss, *(leaf.grad for leaf in student.leaves().values())])
     assert all(kept.equal(again) for kept, again in zip(*found, strict=True))
@@ -187,7 +193,7 @@ def test_blocks_computed_again_keep_less():
 
         student = student_of(model, latents_of(model), recomputed)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            divergence(model, student, SAMPLES[:2])
+            differs(model, student, SAMPLES[:2])
         held.append(kept)
     assert held[1] < 0.5 * held[0]
 
@@ -252,21 +258,16 @@ def test_each_rate_moves_its_own_leaves():
         assert {name.rpartition(".")[2] for name in moved} == kinds
 
 
-def test_every_sample_comes_once_a_pass_in_another_order():
+def test_repeated_passes_redraw_what_is_learned():
+    """Which changes the result from the second pass on, and is settable."""
     model = tiny()
-    learning = Distillation(model, student_of(model, latents_of(model)), SAMPLES[:6], CONFIG)
-    assert learning.steps == 6
-    passes = []
-    for number in range(2):
-        drawn = []
-        for learning.step in range(3 * number, 3 * number + 3):
-            drawn += learning._batch().tolist()
-        passes.append(drawn)
-        assert sorted(drawn) == sorted(SAMPLES[:6].tolist())
-    assert passes[0] != passes[1]
-    learning.config = replace(CONFIG, seed=1)
-    learning.step = 0
-    assert learning._batch().tolist() != passes[0][:2]
+    found = {}
+    for passes in (1, 2):
+        for share in (0.0, 0.5):
+            _, student = run(model, config=replace(CONFIG, distill_passes=passes, distill_redraw=share))
+            found[passes, share] = leaves(student)
+    assert all(leaf.equal(found[1, 0.5][name]) for name, leaf in found[1, 0.0].items())
+    assert not all(leaf.equal(found[2, 0.5][name]) for name, leaf in found[2, 0.0].items())
 
 
 # Continued

@@ -81,9 +81,11 @@ def test_result_and_record_say_what_was_done(finished):
     assert json.loads(json.dumps(result)) == result
     done = result["distillation"]
     assert done.keys() == {
-        *("steps", "tokens", "distinct_tokens", "fresh", "held_out_first", "held_out_last", "kept", "seconds"),
+        *("steps", "tokens", "distinct_tokens", "written_tokens", "fresh"),
+        *("held_out_first", "held_out_last", "kept", "seconds"),
     }
     assert (done["steps"], done["tokens"], done["distinct_tokens"]) == (STEPS, STEPS * 32, 16 * 16)
+    assert done["written_tokens"] == 0, "a text that suffices was added to"
     assert done["kept"] and done["held_out_last"] < done["held_out_first"]
     run = json.loads((out / "run.json").read_text())
     assert run["distillation"] == {key: value for key, value in done.items() if key != "seconds"}
@@ -209,10 +211,37 @@ def test_other_families_from_sixteen_bits(family, run, tokenizer, tmp_path):
 
 
 def test_calibration_samples_themselves_can_be_learned_from(run, tmp_path):
-    result = run(tmp_path / "out", distill_fresh=False, samples=9, distill_passes=1)
+    result = run(tmp_path / "out", distill_fresh=False, samples=9, distill_passes=1, distill_written=False)
     # Nine samples, one held out; eight in steps of two, once.
     assert result["distillation"]["steps"] == 4
     assert result["distillation"]["distinct_tokens"] == 8 * 16
+
+
+def test_what_a_text_is_too_short_for_the_original_writes(run, tmp_path, monkeypatch):
+    """To begin with, pieces of what is learned from, not of what is held out."""
+    texts, write = [], tuning.more_of_it
+    monkeypatch.setattr(
+        tuning, "more_of_it", lambda model, text, *rest: texts.append(text) or write(model, text, *rest)
+    )
+    phases = []
+    changes = {"distill_fresh": False, "samples": 5, "distill_passes": 2}
+    result = run(tmp_path / "out", **changes, on_progress=lambda progress: phases.append(progress.phase))
+    done = result["distillation"]
+    # Of 8 steps of two samples, 8 samples come twice; four of the five given ones are learned from.
+    assert (done["written_tokens"], done["distinct_tokens"], done["steps"]) == (4 * 16, 8 * 16, STEPS)
+    assert phases.index("write") < phases.index("distill")
+    assert [text.shape for text in texts] == [(4, 16)]
+    assert run(tmp_path / "more", **changes | {"distill_tokens": 64})["distillation"]["written_tokens"] == 0
+
+
+def test_written_text_is_not_written_again(run, tmp_path, monkeypatch):
+    changes = {"distill_fresh": False, "samples": 5, "distill_passes": 2}
+    run(tmp_path / "whole", **changes)
+    with pytest.raises(Interruption):
+        run(tmp_path / "out", **changes, on_progress=interrupt(BLOCKS, "distill", 3))
+    monkeypatch.setattr(tuning, "more_of_it", None)
+    run(tmp_path / "out", **changes)
+    assert_same_checkpoint(tmp_path / "out", tmp_path / "whole")
 
 
 def test_some_blocks_only(run, tmp_path, students):
@@ -346,7 +375,7 @@ def test_distillation_that_diverges_names_the_step_and_keeps_the_blocks(run, tmp
         ({"method": "ptq161", "distill": "required"}, r"distill=required with method=ptq161: .*--set distill=off"),
         ({"preset": "paper", "distill": "required"}, r"distill=required with method=ptq161"),
         ({"distill_tokens": 31, "distill": "required"}, r"needs 2 samples besides.* and distill_tokens=31; .*=auto"),
-        ({"distill_fresh": False, "samples": 2, "distill": "required"}, r"there are 2 of 16 tokens"),
+        ({"distill_fresh": False, "samples": 1, "distill": "required"}, r"there are 1 of 16 tokens"),
         ({"bits": 1.3}, r"bits=1\.3 cannot be reached.*lowest figure to"),
         ({"distill_token": 5}, r"unknown setting 'distill_token' .did you mean 'distill_tokens'"),
         ({"distill": "no"}, "setting distill='no': expected off or auto or required"),
@@ -365,7 +394,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(run, tmp_path, changes, me
     [
         ({"method": "ptq161"}, "needs codes that are learned, and those of method ptq161 are not"),
         ({"distill_tokens": 31}, "distill_tokens=31"),
-        ({"distill_fresh": False, "samples": 2}, "there are 2 of 16 tokens"),
+        ({"distill_fresh": False, "samples": 1}, "there are 1 of 16 tokens"),
+        ({"distill_fresh": False, "samples": 2, "distill_written": False}, "there are 2 of 16 tokens"),
     ],
     ids=str,
 )

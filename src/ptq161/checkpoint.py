@@ -116,6 +116,14 @@ class WorkFolder:
         """The state of interrupted tuning, or None if it has not begun."""
         return load_file(self._distillation) if self._distillation.exists() else None
 
+    def save_written(self, samples: Tensor) -> None:
+        """Keep the text that the original wrote."""
+        write_atomically(self._written, lambda path: save_file({"samples": samples}, path))
+
+    def load_written(self) -> Tensor | None:
+        """What `save_written` kept, or None."""
+        return load_file(self._written)["samples"] if self._written.exists() else None
+
     def save_streams(self, streams: Streams) -> None:
         """Keep this rank's streams into the next block; once all ranks have, a continued run starts there."""
         tensors = {"full": streams.full.contiguous(), "quantized": streams.quantized.contiguous()}
@@ -182,6 +190,10 @@ class WorkFolder:
     @property
     def _distillation(self) -> Path:
         return self.path / "distillation.safetensors"
+
+    @property
+    def _written(self) -> Path:
+        return self.path / "written.safetensors"
 
     @property
     def _job(self) -> Path:

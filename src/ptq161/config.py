@@ -146,8 +146,10 @@ class QuantConfig(_Settings):
     # Tuning of the whole model after the blocks (method `mixed`).
     distill: Distill = Distill.OFF
     distill_tokens: int = 1_000_000  # to learn from, repeats included
-    distill_passes: int = 2  # at most, over a text that has fewer tokens
+    distill_passes: int = 8  # at most, over a text that has fewer tokens
+    distill_redraw: float = 0.3  # share of the tokens that a repeated pass takes from the original's predictions
     distill_fresh: bool = True  # text of the calibration sources that is no calibration sample; False: the samples
+    distill_written: bool = True  # what a text is too short for so many passes, the original writes itself
     distill_batch_size: int = 2  # samples of one step
     distill_lr_latent: float = 1e-3  # in units of the matrix's mean magnitude
     distill_lr_scale: float = 5e-4  # for scales, in units of themselves, and for norm weights
@@ -175,6 +177,7 @@ class QuantConfig(_Settings):
         for name in ("lr_scale", "lr_angular", "lr_latent", "distill_lr_latent", "distill_lr_scale"):
             value = getattr(self, name)
             _check(math.isfinite(value) and value >= 0, f"{name}={value} is out of range: expected 0 or more")
+        _check(0 <= self.distill_redraw <= 1, f"distill_redraw={self.distill_redraw} is out of range: expected 0 to 1")
         _check_seed(self.seed)
 
 

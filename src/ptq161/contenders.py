@@ -158,7 +158,7 @@ class PackedPreset:
         )
 
 
-STAGES = {"measure", "distill"}  # phases of the pipeline that go over the whole model
+STAGES = {"measure", "write", "distill"}  # phases of the pipeline that go over the whole model
 
 
 @dataclass(frozen=True)

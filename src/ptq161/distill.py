@@ -20,6 +20,7 @@ from ptq161 import ranks
 from ptq161.config import QuantConfig
 from ptq161.errors import NonFiniteError
 from ptq161.fit import latent_parameters
+from ptq161.passes import Passes
 from ptq161.student import Student
 
 WARM_UP = 8  # steps over which the learning rates rise: the first gradients have no history to be scaled by
@@ -35,14 +36,15 @@ OnStep = Callable[[int, int, float], None]  # step, steps, divergence of the ste
 class Distillation:
     """A run of AdamW over shuffled samples that can be taken up again from its `state`.
 
-    samples: (samples, seq) token ids on the model's device, visited in passes, each shuffled anew by (seed, pass).
+    samples: (samples, seq) token ids on the model's device, read in passes (`passes`).
     """
 
     def __init__(
         self, model: PreTrainedModel, student: Student, samples: Int64[Tensor, "samples seq"], config: QuantConfig
     ) -> None:
-        self.model, self.student, self.samples, self.config = model, student, samples, config
+        self.model, self.student, self.config = model, student, config
         self.steps = step_count(len(samples), samples.shape[1], config)
+        self.passes = Passes(samples, config.distill_batch_size, config.distill_redraw, config.seed)
         self.step = 0
         rates = (config.distill_lr_latent, config.distill_lr_scale)
         groups = [
@@ -58,27 +60,21 @@ class Distillation:
         Raises NonFiniteError naming the step.
         """
         while self.step < self.steps:
-            loss = self._learn(self._batch())
+            loss = self._learn()
             self.step += 1
             on_step(self.step, self.steps, loss)
             save()
 
-    def _batch(self) -> Int64[Tensor, "batch seq"]:
-        size = self.config.distill_batch_size
-        per_pass = len(self.samples) // size
-        number, within = divmod(self.step, per_pass)
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + number)
-        order = torch.randperm(len(self.samples), generator=generator)
-        return self.samples[order[within * size : (within + 1) * size]]
-
-    def _learn(self, tokens: Int64[Tensor, "batch seq"]) -> float:
+    def _learn(self) -> float:
         share = max(LAST_RATE, 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share * min(1.0, (self.step + 1) / WARM_UP)
         self.optimizer.zero_grad()
-        loss, own = 0.0, ranks.share(tokens)
+        tokens = self.passes.batch(self.step)
+        loss, own, wanted = 0.0, ranks.share(tokens), None
         if len(own):
-            part = divergence(self.model, self.student, own) * (len(own) / len(tokens))
+            wanted = predictions(self.model, own)
+            part = divergence(self.model, self.student, own, wanted) * (len(own) / len(tokens))
             part.backward()
             loss = part.item()
         (loss,) = ranks.total(loss)
@@ -89,6 +85,8 @@ class Distillation:
             )
         ranks.add_gradients(self.student.leaves().values())
         self.optimizer.step()
+        if self.passes.read_again(self.step, self.steps):
+            self.passes.redraw(self.step, wanted)
         return loss
 
     def state(self) -> dict[str, Tensor]:
@@ -96,12 +94,13 @@ class Distillation:
         state = {f"value {name}": leaf.detach() for name, leaf in self.student.leaves().items()}
         for name, leaf in self.student.leaves().items():
             state |= {f"{key} {name}": value for key, value in self.optimizer.state[leaf].items()}
-        return state | {"step": torch.tensor(self.step)}
+        return state | {"step": torch.tensor(self.step), "text": self.passes.text}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Continue where `state` was taken."""
         self.step = int(state["step"])
+        self.passes.text.copy_(state["text"])
         for name, leaf in self.student.leaves().items():
             leaf.copy_(state[f"value {name}"])
             kept = {key: state[f"{key} {name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -114,15 +113,25 @@ def step_count(samples: int, seqlen: int, config: QuantConfig) -> int:
     return min(config.distill_tokens // (size * seqlen), config.distill_passes * (samples // size))
 
 
-def divergence(model: PreTrainedModel, student: Student, tokens: Int64[Tensor, "batch seq"]) -> Float[Tensor, ""]:
+@torch.no_grad()
+def predictions(model: PreTrainedModel, tokens: Int64[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
+    """The original's logits; matrix products run in bfloat16."""
+    with torch.autocast(tokens.device.type, torch.bfloat16):
+        logits: Tensor = model(tokens, use_cache=False).logits
+    return logits
+
+
+def divergence(
+    model: PreTrainedModel,
+    student: Student,
+    tokens: Int64[Tensor, "batch seq"],
+    wanted: Float[Tensor, "batch seq vocab"],
+) -> Float[Tensor, ""]:
     """Mean KL(original || student) over the positions of a batch, in nats; differentiable in the student.
 
-    Matrix products run in bfloat16, distributions in float32.
+    wanted: what the original predicts for the tokens. Matrix products run in bfloat16, distributions in float32.
     """
-    device = tokens.device
-    with torch.autocast(device.type, torch.bfloat16):
-        with torch.no_grad():
-            wanted = model(tokens, use_cache=False).logits
+    with torch.autocast(tokens.device.type, torch.bfloat16):
         actual = student.logits(model, tokens)
     return logits_divergence(actual, wanted)
 
@@ -138,13 +147,14 @@ def logits_divergence(
 def tune(
     model: PreTrainedModel,
     student: Student,
-    samples: Int64[Tensor, "samples seq"],
+    held_out: Int64[Tensor, "few seq"],
+    learned: Int64[Tensor, "learned seq"],
     config: QuantConfig,
     state: Mapping[str, Tensor] | None,
     on_step: OnStep,
     save: Callable[[Mapping[str, Tensor]], None],
 ) -> dict[str, Any]:
-    """Tune a student on samples, a few of which are held out to judge by; continue from `state` where there is one.
+    """Tune a student on learned samples and judge by those held out; continue from `state` where there is one.
 
     `save` is handed a state now and then, at the latest when all steps are done; a continued run gives the same result.
     Returns the JSON record: tokens, steps, the divergence on the held-out samples before and after, and whether the
@@ -152,7 +162,6 @@ def tune(
 
     Raises NonFiniteError naming the step.
     """
-    held_out, learned = samples.split([held_out_count(len(samples)), len(samples) - held_out_count(len(samples))])
     first = held_out_divergence(model, student, held_out) if state is None else float(state["held_out_first"])
     run = Distillation(model, student, learned, config)
     if state is not None:
@@ -165,12 +174,12 @@ def tune(
             save(run.state() | {"held_out_first": torch.tensor(first, dtype=torch.float64)})
             saved = time.monotonic()
 
-    with _fast_attention(model, samples.device):
+    with _fast_attention(model, learned.device):
         run.run(on_step, save_sometimes)
     last = held_out_divergence(model, student, held_out)
     return {
         "steps": run.steps,
-        "tokens": run.steps * config.distill_batch_size * samples.shape[1],
+        "tokens": run.steps * config.distill_batch_size * learned.shape[1],
         "distinct_tokens": learned.numel(),
         "held_out_first": first,
         "held_out_last": last,
@@ -190,6 +199,21 @@ def _fast_attention(model: PreTrainedModel, device: torch.device) -> Iterator[No
         model.set_attn_implementation(before)
 
 
+def held_apart(
+    samples: Int64[Tensor, "samples seq"],
+) -> tuple[Int64[Tensor, "few seq"], Int64[Tensor, "learned seq"]]:
+    """The samples that are held out, and the others."""
+    few = held_out_count(len(samples))
+    return samples[:few], samples[few:]
+
+
+def written_count(samples: int, seqlen: int, config: QuantConfig) -> int:
+    """Samples to be written besides the given ones, so that all passes make up `distill_tokens`; none from nothing."""
+    if not config.distill_written or not samples:
+        return 0
+    return max(config.distill_tokens // (config.distill_passes * seqlen) - samples, 0)
+
+
 def held_out_count(samples: int) -> int:
     """How many of the samples are held out: a tenth, at least one (where there is one) and at most eight."""
     return min(max(samples // 10, 1), 8, samples)
@@ -198,7 +222,8 @@ def held_out_count(samples: int) -> int:
 @torch.no_grad()
 def held_out_divergence(model: PreTrainedModel, student: Student, samples: Int64[Tensor, "samples seq"]) -> float:
     """`divergence` averaged over samples that are not learned from, of which every rank does its share."""
-    (total,) = ranks.total(sum(divergence(model, student, sample[None]).item() for sample in ranks.share(samples)))
+    parts = (divergence(model, student, tokens, predictions(model, tokens)) for tokens in ranks.share(samples)[:, None])
+    (total,) = ranks.total(sum(part.item() for part in parts))
     return total / len(samples)
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # Phases that go by steps of the whole model, and what their loss is.
 LEARNED = {"distill": "divergence", "restore": "loss"}
+# Those that learn nothing, in words.
+UNLEARNED = {"measure": "measuring what widths are worth", "write": "writing text to learn from"}
 
 
 class _Meter:
@@ -55,8 +57,8 @@ class QuantizeMeter(_Meter):
         """Show one report; without a terminal, a line for each finished block and each tenth of other learning."""
         if progress.phase in LEARNED:
             return self._learned(progress, LEARNED[progress.phase])
-        if progress.phase == "measure":
-            text = f"measuring what widths are worth {progress.step}/{progress.steps}"
+        if progress.phase in UNLEARNED:
+            text = f"{UNLEARNED[progress.phase]} {progress.step}/{progress.steps}"
             return self.show(text, progress.step / progress.steps, duration(progress.seconds))
         if self.began_at is None:
             self.began_at = progress.block  # not `first` when an interrupted run is continued

@@ -1,4 +1,6 @@
-"""Text that a model writes by itself: calibration without any data."""
+"""Text that a model writes by itself: calibration without any data, or more of the kind there is."""
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Int64
@@ -7,7 +9,8 @@ from transformers import PreTrainedModel
 
 from ptq161.errors import NonFiniteError
 
-_SEQUENCES_AT_ONCE = 16  # bounds the key-value cache
+_SEQUENCES_AT_ONCE = 64
+_CACHE_BYTES = 2**31  # of keys and values, which bound it too
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
@@ -28,25 +31,63 @@ def sample_from_model(
     Raises NonFiniteError if the model's logits are not finite.
     """
     parts = []
-    for done in range(0, samples, _SEQUENCES_AT_ONCE):
-        batch = min(_SEQUENCES_AT_ONCE, samples - done)
+    for count in _batches(model, samples, seqlen):
         if bos is None:
-            start = torch.randint(vocabulary_size(model), (batch, 1), generator=generator)
-            parts.append(torch.cat([start, _continue(model, start, seqlen - 1, generator)], dim=1))
+            start = torch.randint(vocabulary_size(model), (count, 1), generator=generator)
+            parts.append(_continued(model, start, seqlen, generator))
         else:
-            parts.append(_continue(model, torch.full((batch, 1), bos), seqlen, generator))
+            start = torch.full((count, 1), bos)
+            parts.append(_continued(model, start, seqlen + 1, generator)[:, 1:])
     return torch.cat(parts).clone()
 
 
-def _continue(
-    model: PreTrainedModel, start: Int64[Tensor, "batch 1"], length: int, generator: torch.Generator
-) -> Int64[Tensor, "batch length"]:
+@torch.inference_mode()
+def more_of_it(
+    model: PreTrainedModel,
+    text: Int64[Tensor, "samples seq"],
+    count: int,
+    generator: torch.Generator,
+    on_step: Callable[[int, int], None] = lambda done, steps: None,
+) -> Int64[Tensor, "count seq"]:
+    """As long samples as those of a text, that begin with a piece from anywhere in it and go on as the model does.
+
+    Each eighth of a sample, or one token of it, is such a piece; the rest is drawn at temperature 1, on the CPU.
+
+    Raises NonFiniteError if the model's logits are not finite.
+    """
+    samples, seqlen = text.shape
+    length = max(seqlen // 8, 1)
+    parts, done = [], 0
+    for batch in _batches(model, count, seqlen):
+        rows = torch.randint(samples, (batch, 1), generator=generator)
+        first = torch.randint(seqlen - length + 1, (batch, 1), generator=generator)
+        pieces = text.cpu()[rows, first + torch.arange(length)]
+        parts.append(_continued(model, pieces, seqlen, generator))
+        done += batch
+        on_step(done, count)
+    return torch.cat(parts).clone()
+
+
+def _batches(model: PreTrainedModel, samples: int, seqlen: int) -> list[int]:
+    """How many samples to write at once, until all are written."""
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cached = seqlen * text.num_hidden_layers * 2 * heads * width * 4
+    at_once = max(1, min(_SEQUENCES_AT_ONCE, _CACHE_BYTES // cached))
+    return [min(at_once, samples - done) for done in range(0, samples, at_once)]
+
+
+def _continued(
+    model: PreTrainedModel, start: Int64[Tensor, "batch begun"], seqlen: int, generator: torch.Generator
+) -> Int64[Tensor, "batch seq"]:
+    """The start of each sample and what the model adds to it."""
     tokens, cache = [start], None
-    for _ in range(length):
-        output = model(input_ids=tokens[-1].to(model.device), past_key_values=cache, use_cache=True)
+    for _ in range(seqlen - start.shape[1]):
+        output = model(tokens[-1].to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
         probabilities = output.logits[:, -1].float().softmax(dim=-1).cpu()
         if not probabilities.isfinite().all():
             raise NonFiniteError(f"{type(model).__name__} gives NaN or infinite logits; it cannot write its own text")
         tokens.append(torch.multinomial(probabilities, num_samples=1, generator=generator))
-    return torch.cat(tokens[1:], dim=1)
+    return torch.cat(tokens, dim=1)

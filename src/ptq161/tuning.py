@@ -1,13 +1,15 @@
 """The end-to-end stage of a run: whether distillation can be done, the model it needs whole, its state on disk."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ptq161 import ranks
 from ptq161.blocks import float32_vectors
@@ -15,9 +17,10 @@ from ptq161.checkpoint import WorkFolder
 from ptq161.config import CalibrationConfig, Distill, QuantConfig
 from ptq161.dense import DenseModel
 from ptq161.discovery import decoder_blocks, without_blocks
-from ptq161.distill import held_out_count, step_count, tune
+from ptq161.distill import held_apart, held_out_count, step_count, tune, written_count
 from ptq161.errors import InputError, Ptq161Error
 from ptq161.machine import free_memory_bytes
+from ptq161.selftext import more_of_it
 from ptq161.student import memory_bytes, student_of
 from ptq161.walk import OnProgress, Prepared, Progress, packed_tensors
 
@@ -87,26 +90,51 @@ def distill(
         return Tuned({"skipped": obstacle.reason}, {}, {})
     began = time.monotonic()
 
-    def on_step(step: int, steps: int, loss: float) -> None:
+    def report(phase: str, step: int, steps: int, loss: float | None) -> None:
         seconds = time.monotonic() - began
-        on_progress(Progress(prepared.last, prepared.first, prepared.last, "distill", step, steps, loss, seconds))
+        on_progress(Progress(prepared.last, prepared.first, prepared.last, phase, step, steps, loss, seconds))
 
     model = prepared.model.whole()
     with without_blocks(decoder_blocks(model)[1]):
         model.float()
     model.to(device)  # type: ignore[arg-type]
-    saved = work.load_latents(prepared.layout, prepared.first, prepared.last)
-    latents = {name: weight.to(device) for name, weight in saved.items()}
     with float32_vectors(model):
+        held_out, read = held_apart(samples)
+        written = ranks.from_first(lambda: _written(work, model, read, config, partial(report, "write", loss=None)))
+        saved = work.load_latents(prepared.layout, prepared.first, prepared.last)
+        latents = {name: weight.to(device) for name, weight in saved.items()}
         student = student_of(model, latents, _recomputed_blocks(prepared, config, samples, device))
         state = work.load_distillation()
         save = work.save_distillation if ranks.first() else lambda state: None
-        record = tune(model, student, samples.to(device), config, state, on_step, save)
+        learned = torch.cat([read, written]).to(device)
+        record = tune(model, student, held_out.to(device), learned, config, state, partial(report, "distill"), save)
+    record |= {"written_tokens": written.numel()}
     record |= {"seconds": time.monotonic() - began}
     if not record["kept"]:
         return Tuned(record, {}, {})
     packed = packed_tensors({name: weight.quantized() for name, weight in latents.items()}, prepared.layout)
     return Tuned(record, packed, {name: norm.detach() for name, norm in student.norms.items()})
+
+
+def _written(
+    work: WorkFolder,
+    model: PreTrainedModel,
+    text: Int64[Tensor, "samples seq"],
+    config: QuantConfig,
+    on_step: Callable[[int, int], None],
+) -> Int64[Tensor, "written seq"]:
+    """What the original adds to a text that is too short, kept in `work`: a continued run does not write it again."""
+    count = written_count(len(text), text.shape[1], config)
+    if not count:
+        return text[:0]
+    written = work.load_written()
+    if written is None:
+        draws = torch.Generator().manual_seed(config.seed)
+        mixed = any(parameter.dtype != torch.float32 for parameter in model.parameters())
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+            written = more_of_it(model, text, count, draws, on_step)
+        work.save_written(written)
+    return written
 
 
 def needed_bytes(model: DenseModel, weights: int, seqlen: int, config: QuantConfig, *, recomputed: bool = False) -> int:
@@ -128,12 +156,13 @@ def _obstacle(prepared: Prepared, config: QuantConfig, samples: Tensor, device: 
     """Why distillation cannot run, if it cannot: a method that learns no codes, too little text or memory."""
     if config.method != "mixed":
         return Obstacle(f"needs codes that are learned, and those of method {config.method} are not")
-    if step_count(len(samples) - held_out_count(len(samples)), samples.shape[1], config) < 1:
+    learned, seqlen = len(samples) - held_out_count(len(samples)), samples.shape[1]
+    if step_count(learned + written_count(learned, seqlen, config), seqlen, config) < 1:
         return Obstacle(
             f"needs {config.distill_batch_size} samples besides a held-out one, and distill_tokens for them; there are "
             f"{len(samples)} of {samples.shape[1]} tokens, and distill_tokens={config.distill_tokens}"
         )
-    weights, seqlen = prepared.layout.quantized_weights, samples.shape[1]
+    weights = prepared.layout.quantized_weights
     needed = needed_bytes(prepared.model, weights, seqlen, config, recomputed=True)
     available = free_memory_bytes(device)
     if available is None or needed <= available:

@@ -41,7 +41,7 @@ class Progress:
     block: int
     first: int
     last: int
-    phase: str  # measure, first of all; prepare, targets, learn, save; distill, after the last block
+    phase: str  # measure, first of all; prepare, targets, learn, save; write and distill, after the last block
     step: int
     steps: int
     loss: float | None
