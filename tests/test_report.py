@@ -30,6 +30,8 @@ TUNED = {
     "steps": 8,
     "tokens": 65_536,
     "distinct_tokens": 65_536,
+    "written_tokens": 0,
+    "fresh": True,
     "held_out_first": 1.5,
     "held_out_last": 1.25,
     "kept": True,
@@ -377,10 +379,23 @@ def test_page_says_when_tuning_was_skipped(mixed_results: ModelResults) -> None:
     assert "tuned as a whole" not in text and "nats" not in text
 
 
-def test_page_says_which_text_the_model_was_tuned_on(mixed_results: ModelResults) -> None:
-    config = {**mixed_results.config, "distill_fresh": False}
-    text = Outline(model_page(replace(mixed_results, run={"config": config}))).text
-    assert "on 65,536 tokens of the same text." in text
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({}, "on 65,536 tokens of parts of the text that the blocks were not learned on."),
+        ({"fresh": False}, "on 65,536 tokens of the same text."),
+        (
+            {"fresh": False, "written_tokens": 4096},
+            "the same text, lengthened by 4,096 that the original wrote itself.",
+        ),
+    ],
+    ids=["fresh", "same", "written"],
+)
+def test_page_says_which_text_the_model_was_tuned_on(
+    mixed_results: ModelResults, record: dict[str, Any], words: str
+) -> None:
+    quantize = {**mixed_results.quantize, "distillation": {**mixed_results.quantize["distillation"], **record}}
+    assert words in Outline(model_page(replace(mixed_results, quantize=quantize))).text
 
 
 def test_page_of_a_mixed_model_that_was_not_tuned(mixed_results: ModelResults) -> None:

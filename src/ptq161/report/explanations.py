@@ -71,14 +71,16 @@ def objective_in_words(config: Mapping[str, Any]) -> str:
     return _MAGNITUDES[config["magnitude"]] + (", plus negative logarithm of the cosine" if config["angular"] else "")
 
 
-def distillation_in_words(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def distillation_in_words(record: Mapping[str, Any]) -> str:
     """What the tuning of the whole model did. record: `distillation` of the JSON of `ptq161 quantize`."""
     if "skipped" in record:
         return (
             "Learning all blocks together, the last step of this method, was skipped on the machine where the model "
             f"was made: it {record['skipped']}."
         )
-    text = "parts of the text that the blocks were not learned on" if config["distill_fresh"] else "the same text"
+    text = "parts of the text that the blocks were not learned on" if record["fresh"] else "the same text"
+    if record.get("written_tokens"):
+        text += f", lengthened by {record['written_tokens']:,} that the original wrote itself"
     change = f"{record['held_out_first']:.3f} to {record['held_out_last']:.3f} nats per token"
     verdict = "" if record["kept"] else " That is no gain, so the model was left as the blocks had made it."
     return (

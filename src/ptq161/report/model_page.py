@@ -144,7 +144,7 @@ def _distillation(results: ModelResults) -> list[str]:
     record = results.quantize["distillation"]
     if record is None:
         return []
-    return ["<h2>The model as a whole</h2>", page.paragraph(distillation_in_words(record, results.config))]
+    return ["<h2>The model as a whole</h2>", page.paragraph(distillation_in_words(record))]
 
 
 def _channels(results: ModelResults) -> list[str]:
