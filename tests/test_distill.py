@@ -16,7 +16,6 @@ from ptq161.discovery import decoder_blocks
 from ptq161.distill import (
     ROWS_AT_ONCE,
     divergence,
-    held_apart,
     held_out_count,
     held_out_divergence,
     predictions,
@@ -60,7 +59,8 @@ def latents_of(model):
 def run(model, samples=SAMPLES, config=CONFIG, state=None, on_step=lambda *step: None, save=lambda state: None):
     """(record, student) of a whole run from the model's own latents."""
     student = student_of(model, latents_of(model))
-    return tune(model, student, *held_apart(samples), config, state, on_step, save), student
+    few = held_out_count(len(samples))
+    return tune(model, student, samples[:few], samples[few:], config, state, on_step, save), student
 
 
 def leaves(student):

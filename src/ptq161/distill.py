@@ -199,14 +199,6 @@ def _fast_attention(model: PreTrainedModel, device: torch.device) -> Iterator[No
         model.set_attn_implementation(before)
 
 
-def held_apart(
-    samples: Int64[Tensor, "samples seq"],
-) -> tuple[Int64[Tensor, "few seq"], Int64[Tensor, "learned seq"]]:
-    """The samples that are held out, and the others."""
-    few = held_out_count(len(samples))
-    return samples[:few], samples[few:]
-
-
 def written_count(samples: int, seqlen: int, config: QuantConfig) -> int:
     """Samples to be written besides the given ones, so that all passes make up `distill_tokens`; none from nothing."""
     if not config.distill_written or not samples:

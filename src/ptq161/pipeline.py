@@ -29,7 +29,7 @@ from ptq161.methods import BASELINES, METHODS
 from ptq161.records import job, run_record
 from ptq161.sources import open_dense
 from ptq161.space import Space
-from ptq161.tuning import Tuned, check_required, distill, fresh_samples, learned_samples
+from ptq161.tuning import Tuned, check_required, distill, fresh_samples, learned_text
 from ptq161.vocabulary import pack_vocabulary, vocabulary_specs
 from ptq161.walk import OnProgress, Prepared, Progress, prepare
 
@@ -93,12 +93,12 @@ def quantize(
         save_dtype = _save_dtype(dtype, source.dtype)
     tokens, fresh = ranks.from_first(partial(_tokens, config, calibration, tokenizer, source))
     with ranks.first_goes_first():
-        learned = learned_samples(config, tokens, fresh)
+        text = learned_text(config, tokens, fresh)
         prepared = _with_head(prepare(source, tokens, config, blocks), config)
         predicted = predict(source.skeleton, prepared.layout, save_dtype)
         space = Space(None if offload is None else Path(offload))
         _check_disks(out, space, predicted["file_bytes"], prepared, tokens.shape, config)
-        check_required(prepared, config, learned, torch_device)
+        check_required(prepared, config, text, torch_device)
     identity = ranks.from_first(lambda: job(prepared, config, tokens, fresh, save_dtype, torch_device))
     with work.open(identity, restart=restart):
         try:
@@ -106,8 +106,8 @@ def quantize(
             prepared = _with_head(replace(prepared, layout=layout), config)
             quantize_blocks(work, prepared, tokens, config, torch_device, space, on_progress)
             packed, records = work.load_blocks(prepared.first, prepared.last)
-            tuned = distill(work, prepared, learned, config, torch_device, on_progress)
-            distillation = None if tuned is None else tuned.record | {"fresh": learned is fresh}
+            tuned = distill(work, prepared, text, config, torch_device, on_progress)
+            distillation = None if tuned is None else tuned.record
             name = str(model.config.name_or_path) if isinstance(model, PreTrainedModel) else str(model)
             run = run_record(name, config, calibration, tokens, prepared, records, distillation)
             ranks.from_first(partial(_publish, work, prepared, packed, tuned, save_dtype, run, tokenizer))

@@ -17,7 +17,7 @@ from ptq161.checkpoint import WorkFolder
 from ptq161.config import CalibrationConfig, Distill, QuantConfig
 from ptq161.dense import DenseModel
 from ptq161.discovery import decoder_blocks, without_blocks
-from ptq161.distill import held_apart, held_out_count, step_count, tune, written_count
+from ptq161.distill import held_out_count, step_count, tune, written_count
 from ptq161.errors import InputError, Ptq161Error
 from ptq161.machine import free_memory_bytes
 from ptq161.selftext import more_of_it
@@ -32,6 +32,19 @@ class Tuned:
     record: dict[str, Any]
     packed: Mapping[str, Tensor]
     norms: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Text:
+    """What distillation is to learn from. fresh: the blocks were learned from other samples."""
+
+    samples: Int64[Tensor, "samples seq"]
+    fresh: bool
+
+    @property
+    def held_out(self) -> int:
+        """How many of the samples are not learned from. None of those that blocks know: they could not judge."""
+        return held_out_count(len(self.samples)) if self.fresh else 0
 
 
 @dataclass(frozen=True)
@@ -54,24 +67,22 @@ def fresh_samples(config: QuantConfig, calibration: CalibrationConfig) -> int:
     return wanted + held_out_count(wanted)
 
 
-def learned_samples(
-    config: QuantConfig, tokens: Int64[Tensor, "samples seq"], fresh: Int64[Tensor, "fresh seq"]
-) -> Int64[Tensor, "learned seq"]:
-    """What distillation learns from: fresh samples, or the calibration samples again where the text has no more."""
+def learned_text(config: QuantConfig, tokens: Int64[Tensor, "samples seq"], fresh: Int64[Tensor, "fresh seq"]) -> Text:
+    """Fresh samples, or the calibration samples again where the text has no more."""
     enough = len(fresh) - held_out_count(len(fresh)) >= config.distill_batch_size
-    return fresh if config.distill_fresh and enough else tokens
+    return Text(fresh, fresh=True) if config.distill_fresh and enough else Text(tokens, fresh=False)
 
 
-def check_required(prepared: Prepared, config: QuantConfig, samples: Tensor, device: torch.device) -> None:
+def check_required(prepared: Prepared, config: QuantConfig, text: Text, device: torch.device) -> None:
     """Raises InputError if distillation is required and cannot run."""
-    if config.distill is Distill.REQUIRED and (obstacle := _obstacle(prepared, config, samples, device)):
+    if config.distill is Distill.REQUIRED and (obstacle := _obstacle(prepared, config, text, device)):
         raise InputError(f"distillation {obstacle}; give what it needs, or --set distill=auto")
 
 
 def distill(
     work: WorkFolder,
     prepared: Prepared,
-    samples: Int64[Tensor, "samples seq"],
+    text: Text,
     config: QuantConfig,
     device: torch.device,
     on_progress: OnProgress,
@@ -83,7 +94,7 @@ def distill(
     """
     if config.distill is Distill.OFF:
         return None
-    obstacles = ranks.gathered(_obstacle(prepared, config, samples, device))
+    obstacles = ranks.gathered(_obstacle(prepared, config, text, device))
     if obstacle := next(filter(None, obstacles), None):
         if config.distill is Distill.REQUIRED:
             raise Ptq161Error(f"distillation {obstacle}; finished blocks are kept, the same command continues")
@@ -99,16 +110,20 @@ def distill(
         model.float()
     model.to(device)  # type: ignore[arg-type]
     with float32_vectors(model):
-        held_out, read = held_apart(samples)
-        written = ranks.from_first(lambda: _written(work, model, read, config, partial(report, "write", loss=None)))
+        held_out, read = text.samples.split([text.held_out, len(text.samples) - text.held_out])
+        added = written_count(len(read), read.shape[1], config)
+        judges = 0 if text.fresh else held_out_count(len(read) + added)
+        on_write = partial(report, "write", loss=None)
+        written = ranks.from_first(lambda: _written(work, model, read, judges + added, config.seed, on_write))
         saved = work.load_latents(prepared.layout, prepared.first, prepared.last)
         latents = {name: weight.to(device) for name, weight in saved.items()}
-        student = student_of(model, latents, _recomputed_blocks(prepared, config, samples, device))
+        student = student_of(model, latents, _recomputed_blocks(prepared, config, text.samples, device))
+        held_out = torch.cat([held_out, written[:judges]]).to(device)
+        learned = torch.cat([read, written[judges:]]).to(device)
         state = work.load_distillation()
         save = work.save_distillation if ranks.first() else lambda state: None
-        learned = torch.cat([read, written]).to(device)
-        record = tune(model, student, held_out.to(device), learned, config, state, partial(report, "distill"), save)
-    record |= {"written_tokens": written.numel()}
+        record = tune(model, student, held_out, learned, config, state, partial(report, "distill"), save)
+    record |= {"written_tokens": added * read.shape[1], "fresh": text.fresh}
     record |= {"seconds": time.monotonic() - began}
     if not record["kept"]:
         return Tuned(record, {}, {})
@@ -120,19 +135,18 @@ def _written(
     work: WorkFolder,
     model: PreTrainedModel,
     text: Int64[Tensor, "samples seq"],
-    config: QuantConfig,
+    count: int,
+    seed: int,
     on_step: Callable[[int, int], None],
 ) -> Int64[Tensor, "written seq"]:
-    """What the original adds to a text that is too short, kept in `work`: a continued run does not write it again."""
-    count = written_count(len(text), text.shape[1], config)
+    """What the original adds to a text, kept in `work`: a continued run does not write it again."""
     if not count:
         return text[:0]
     written = work.load_written()
     if written is None:
-        draws = torch.Generator().manual_seed(config.seed)
         mixed = any(parameter.dtype != torch.float32 for parameter in model.parameters())
         with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
-            written = more_of_it(model, text, count, draws, on_step)
+            written = more_of_it(model, text, count, torch.Generator().manual_seed(seed), on_step)
         work.save_written(written)
     return written
 
@@ -152,15 +166,16 @@ def outside_weights(model: DenseModel) -> int:
     return sum(p.numel() for p in model.skeleton.parameters()) - sum(p.numel() for p in model.blocks.parameters())
 
 
-def _obstacle(prepared: Prepared, config: QuantConfig, samples: Tensor, device: torch.device) -> Obstacle | None:
+def _obstacle(prepared: Prepared, config: QuantConfig, text: Text, device: torch.device) -> Obstacle | None:
     """Why distillation cannot run, if it cannot: a method that learns no codes, too little text or memory."""
     if config.method != "mixed":
         return Obstacle(f"needs codes that are learned, and those of method {config.method} are not")
-    learned, seqlen = len(samples) - held_out_count(len(samples)), samples.shape[1]
-    if step_count(learned + written_count(learned, seqlen, config), seqlen, config) < 1:
+    count, seqlen = text.samples.shape
+    read = count - text.held_out
+    if step_count(read + written_count(read, seqlen, config), seqlen, config) < 1:
         return Obstacle(
-            f"needs {config.distill_batch_size} samples besides a held-out one, and distill_tokens for them; there are "
-            f"{len(samples)} of {samples.shape[1]} tokens, and distill_tokens={config.distill_tokens}"
+            f"needs {config.distill_batch_size} samples besides the {text.held_out} held out, and distill_tokens for "
+            f"them; there are {count} of {seqlen} tokens, and distill_tokens={config.distill_tokens}"
         )
     weights = prepared.layout.quantized_weights
     needed = needed_bytes(prepared.model, weights, seqlen, config, recomputed=True)
