@@ -13,7 +13,7 @@ import pytest
 
 from ptq161 import arguments, cli
 from ptq161.arguments import parse
-from ptq161.errors import InputError
+from ptq161.errors import InputError, Ptq161Error
 from ptq161.options import quantize_settings
 
 SOURCE = str(Path(__file__).parents[1] / "src")
@@ -551,6 +551,18 @@ def test_failure_while_running_is_one_line(ptq161, monkeypatch, packed):
     assert err[0].startswith("Traceback") and err[-1] == "ptq161: error: RuntimeError: first line second line"
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, Ptq161Error])
+def test_interruption_that_a_library_made_an_error_of(ptq161, monkeypatch, packed, kind):
+    def broken(path, **_):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise kind("Failed to import") from None
+
+    monkeypatch.setattr("ptq161.inspection.inspect", broken)
+    assert ptq161("inspect", packed[2]) == (130, "", ["ptq161: error: interrupted"])
+
+
 def test_interrupted_and_continued(ptq161, refused, tmp_path, llama_folder, calibration_file):
     out = tmp_path / "out"
     words = ["quantize", llama_folder, out, "--calib", calibration_file, *QUICK, "--json"]
@@ -567,7 +579,7 @@ def test_interrupted_and_continued(ptq161, refused, tmp_path, llama_folder, cali
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
-    assert (process.returncode, stdout) == (130, "")
+    assert (process.returncode, stdout) == (130, ""), stderr
     expected = "ptq161: error: interrupted; finished blocks are kept, the same command continues"
     assert stderr.splitlines()[-1] == expected
     assert (tmp_path / "out.partial").is_dir() and not out.exists()

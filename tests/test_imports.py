@@ -38,7 +38,8 @@ ALLOWED = {
     "gguf_export": "",
     "llamacpp": "gguf_export blocks discovery config",
     "student": "fit latent config",
-    "distill": "ranks student fit config",
+    "passes": "ranks",
+    "distill": "ranks passes student fit config",
     # running packed models
     "kernels": "packing binarize",
     "linear": "kernels layout packing binarize",
@@ -73,7 +74,7 @@ ALLOWED = {
     "dense discovery checkpoint folder config machine",
     "inspection": "sources hf vocabulary saving contents foreign folder discovery blocks allocation layout packing "
     "config",
-    "tuning": "ranks distill student walk dense discovery blocks checkpoint machine config",
+    "tuning": "ranks distill student walk dense discovery blocks checkpoint machine selftext config",
     "preflight": "methods tuning walk config",
     "records": "ranks walk folder config",
     "blockwise": "ranks walk records checkpoint space layout config",
@@ -109,6 +110,7 @@ THIRD_PARTY = {
     "adapters": "torch jaxtyping",
     "packing": "torch jaxtyping",
     "fit": "torch jaxtyping",
+    "passes": "torch jaxtyping",
     "methods": "torch jaxtyping",
     "kernels": "torch jaxtyping triton",
     "linear": "torch jaxtyping",

@@ -56,17 +56,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        kept = "".join(KEPT.get(command, "") for command in arguments[:1])
-        return 130 if torchrun_rank() else fail(f"interrupted{kept}", 130)
+        return _interrupted(arguments)
     except FailedElsewhere as error:
         return error.exit_code
-    except Ptq161Error as error:
-        _debug(arguments)
-        return fail(str(error), error.exit_code)
     except Exception as error:
         _debug(arguments)
+        if _from_interrupt(error):
+            return _interrupted(arguments)
+        if isinstance(error, Ptq161Error):
+            return fail(str(error), error.exit_code)
         hint = "" if "--debug" in arguments else " (--debug shows where)"
         return fail(f"{type(error).__name__}: {error}{hint}", 1)
+
+
+def _interrupted(arguments: Sequence[str]) -> int:
+    kept = "".join(KEPT.get(command, "") for command in arguments[:1])
+    return 130 if torchrun_rank() else fail(f"interrupted{kept}", 130)
+
+
+def _from_interrupt(error: BaseException | None) -> bool:
+    """Whether a library made this of the KeyboardInterrupt that met it, as those do that import modules when needed."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _ended(kept: str, *_: object) -> None:
