@@ -26,7 +26,9 @@ FAMILIES: dict[str, Family] = {
         ours=True,
     ),
     "best": Family(
-        "mixed widths, distilled", "mixed widths, then the whole model is tuned to the original's predictions", ours=True
+        "mixed widths, distilled",
+        "mixed widths, then the whole model is tuned to the original's predictions",
+        ours=True,
     ),
     "rtn": Family("RTN", "every weight to the nearest of a few values; no calibration"),
     "gptq": Family("GPTQ", "rounds channel after channel; those still to come make up for the error"),
