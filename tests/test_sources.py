@@ -154,9 +154,8 @@ def test_nothing_is_printed_and_the_switches_are_left_as_found(gguf_file, llama_
 @pytest.fixture(scope="module")
 def packed_folder(llama_folder, calibration_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("packed") / "out"
-    quantize(
-        llama_folder, out, calib=str(calibration_file), samples=2, seqlen=16, salient_ratio=0.2, epochs=0, device="cpu"
-    )
+    few = {"samples": 2, "seqlen": 16, "epochs": 0}
+    quantize(llama_folder, out, preset="fast", calib=str(calibration_file), salient_ratio=0.2, device="cpu", **few)
     return out
 
 
