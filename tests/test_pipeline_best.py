@@ -220,9 +220,9 @@ def test_calibration_samples_themselves_can_be_learned_from(run, tmp_path):
 
 def test_what_a_text_is_too_short_for_the_original_writes(run, tmp_path, monkeypatch):
     """And what it is judged by: the blocks know the given samples."""
-    texts, write = [], tuning.more_of_it
+    texts, write = [], tuning.continuations
     monkeypatch.setattr(
-        tuning, "more_of_it", lambda model, text, *rest: texts.append(text) or write(model, text, *rest)
+        tuning, "continuations", lambda model, text, *rest: texts.append(text) or write(model, text, *rest)
     )
     phases = []
     changes = {"distill_fresh": False, "samples": 5, "distill_passes": 2}
@@ -240,7 +240,7 @@ def test_written_text_is_not_written_again(run, tmp_path, monkeypatch):
     run(tmp_path / "whole", **changes)
     with pytest.raises(Interruption):
         run(tmp_path / "out", **changes, on_progress=interrupt(BLOCKS, "distill", 3))
-    monkeypatch.setattr(tuning, "more_of_it", None)
+    monkeypatch.setattr(tuning, "continuations", None)
     run(tmp_path / "out", **changes)
     assert_same_checkpoint(tmp_path / "out", tmp_path / "whole")
 

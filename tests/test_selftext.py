@@ -4,7 +4,7 @@ from families import FAMILIES, VOCABULARY, build
 
 from ptq161 import selftext
 from ptq161.errors import NonFiniteError
-from ptq161.selftext import more_of_it, sample_from_model
+from ptq161.selftext import continuations, sample_from_model
 
 
 def generator(seed=0):
@@ -57,18 +57,18 @@ def test_a_model_with_nan_logits_cannot_write(model):
 
 def test_more_of_a_text_begins_with_pieces_from_anywhere_in_it(model):
     text = torch.arange(4, 4 + 3 * 16).view(3, 16) % VOCABULARY
-    more = more_of_it(model, text, 40, generator())
+    more = continuations(model, text, 40, generator())
     assert more.shape == (40, 16)
     pieces = {tuple(row[i : i + 2]) for row in text.tolist() for i in range(15)}
     begun = {tuple(row[:2]) for row in more.tolist()}
     assert begun <= pieces and len(begun) > 15
-    assert more.equal(more_of_it(model, text, 40, generator())) and len(more[:, 2:].unique(dim=0)) == 40
+    assert more.equal(continuations(model, text, 40, generator())) and len(more[:, 2:].unique(dim=0)) == 40
 
 
 def test_more_of_a_text_is_drawn_after_all_that_stands_before(model):
     """A piece that settles nothing but the first draw: the same draws from whole prefixes give the same text."""
     text = torch.full((1, 8), 7)
-    drawn, same_draws = more_of_it(model, text, 3, generator()), generator()
+    drawn, same_draws = continuations(model, text, 3, generator()), generator()
     torch.randint(1, (3, 1), generator=same_draws), torch.randint(8, (3, 1), generator=same_draws)  # which piece
     prefix = torch.full((3, 1), 7)
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_more_of_a_text_is_drawn_after_all_that_stands_before(model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_writes(family):
     text = torch.randint(4, VOCABULARY, (2, 16), generator=generator())
-    assert more_of_it(build(FAMILIES[family]()), text, 3, generator()).shape == (3, 16)
+    assert continuations(build(FAMILIES[family]()), text, 3, generator()).shape == (3, 16)
 
 
 def test_samples_at_once_fit_the_cache(model, monkeypatch):
@@ -89,5 +89,5 @@ def test_samples_at_once_fit_the_cache(model, monkeypatch):
     seen = []
     monkeypatch.setattr(selftext, "_CACHE_BYTES", 5 * 16 * 2 * 2 * 2 * 8 * 4)
     text = torch.randint(4, VOCABULARY, (2, 16), generator=generator())
-    assert len(more_of_it(model, text, 12, generator(), lambda *step: seen.append(step))) == 12
+    assert len(continuations(model, text, 12, generator(), lambda *step: seen.append(step))) == 12
     assert seen == [(5, 12), (10, 12), (12, 12)]

@@ -149,7 +149,7 @@ class QuantConfig(_Settings):
     distill_passes: int = 8  # at most, over a text that has fewer tokens
     distill_redraw: float = 0.3  # share of the tokens that a repeated pass takes from the original's predictions
     distill_fresh: bool = True  # text of the calibration sources that is no calibration sample; False: the samples
-    distill_written: bool = True  # what a text is too short for so many passes, the original writes itself
+    distill_written: bool = True  # the original lengthens a text that is too short for so many passes
     distill_batch_size: int = 2  # samples of one step
     distill_lr_latent: float = 1e-3  # in units of the matrix's mean magnitude
     distill_lr_scale: float = 5e-4  # for scales, in units of themselves, and for norm weights

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ptq161.errors import NonFiniteError
 
 _SEQUENCES_AT_ONCE = 64
-_CACHE_BYTES = 2**31  # of keys and values, which bound it too
+_CACHE_BYTES = 2**31  # of their keys and values, so that fewer of a large model are written at once
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
@@ -42,16 +42,16 @@ def sample_from_model(
 
 
 @torch.inference_mode()
-def more_of_it(
+def continuations(
     model: PreTrainedModel,
     text: Int64[Tensor, "samples seq"],
     count: int,
     generator: torch.Generator,
     on_step: Callable[[int, int], None] = lambda done, steps: None,
 ) -> Int64[Tensor, "count seq"]:
-    """As long samples as those of a text, that begin with a piece from anywhere in it and go on as the model does.
+    """Samples as long as those of a text, that begin with a piece from anywhere in it and go on as the model does.
 
-    Each eighth of a sample, or one token of it, is such a piece; the rest is drawn at temperature 1, on the CPU.
+    The piece is an eighth of the sample, at least one token; the rest is drawn at temperature 1, on the CPU.
 
     Raises NonFiniteError if the model's logits are not finite.
     """
@@ -73,7 +73,7 @@ def _batches(model: PreTrainedModel, samples: int, seqlen: int) -> list[int]:
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cached = seqlen * text.num_hidden_layers * 2 * heads * width * 4
+    cached = seqlen * text.num_hidden_layers * 2 * heads * width * 4  # keys and values, in float32 at most
     at_once = max(1, min(_SEQUENCES_AT_ONCE, _CACHE_BYTES // cached))
     return [min(at_once, samples - done) for done in range(0, samples, at_once)]
 

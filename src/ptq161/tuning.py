@@ -20,7 +20,7 @@ from ptq161.discovery import decoder_blocks, without_blocks
 from ptq161.distill import held_out_count, step_count, tune, written_count
 from ptq161.errors import InputError, Ptq161Error
 from ptq161.machine import free_memory_bytes
-from ptq161.selftext import more_of_it
+from ptq161.selftext import continuations
 from ptq161.student import memory_bytes, student_of
 from ptq161.walk import OnProgress, Prepared, Progress, packed_tensors
 
@@ -42,7 +42,7 @@ class Text:
     fresh: bool
 
     @property
-    def held_out(self) -> int:
+    def judging(self) -> int:
         """How many of the samples are not learned from. None of those that blocks know: they could not judge."""
         return held_out_count(len(self.samples)) if self.fresh else 0
 
@@ -110,25 +110,30 @@ def distill(
         model.float()
     model.to(device)  # type: ignore[arg-type]
     with float32_vectors(model):
-        held_out, read = text.samples.split([text.held_out, len(text.samples) - text.held_out])
-        added = written_count(len(read), read.shape[1], config)
-        judges = 0 if text.fresh else held_out_count(len(read) + added)
-        on_write = partial(report, "write", loss=None)
-        written = ranks.from_first(lambda: _written(work, model, read, judges + added, config.seed, on_write))
+        held_out, read, written = _divided(work, model, text, config, partial(report, "write", loss=None))
         saved = work.load_latents(prepared.layout, prepared.first, prepared.last)
         latents = {name: weight.to(device) for name, weight in saved.items()}
         student = student_of(model, latents, _recomputed_blocks(prepared, config, text.samples, device))
-        held_out = torch.cat([held_out, written[:judges]]).to(device)
-        learned = torch.cat([read, written[judges:]]).to(device)
+        learned = torch.cat([read, written]).to(device)
         state = work.load_distillation()
         save = work.save_distillation if ranks.first() else lambda state: None
-        record = tune(model, student, held_out, learned, config, state, partial(report, "distill"), save)
-    record |= {"written_tokens": added * read.shape[1], "fresh": text.fresh}
-    record |= {"seconds": time.monotonic() - began}
+        record = tune(model, student, held_out.to(device), learned, config, state, partial(report, "distill"), save)
+    record |= {"written_tokens": written.numel(), "fresh": text.fresh, "seconds": time.monotonic() - began}
     if not record["kept"]:
         return Tuned(record, {}, {})
     packed = packed_tensors({name: weight.quantized() for name, weight in latents.items()}, prepared.layout)
     return Tuned(record, packed, {name: norm.detach() for name, norm in student.norms.items()})
+
+
+def _divided(
+    work: WorkFolder, model: PreTrainedModel, text: Text, config: QuantConfig, on_step: Callable[[int, int], None]
+) -> tuple[Int64[Tensor, "held_out seq"], Int64[Tensor, "read seq"], Int64[Tensor, "written seq"]]:
+    """Samples that judge, and those to learn from: of the text, and written besides. All ranks have the same."""
+    held_out, read = text.samples.split([text.judging, len(text.samples) - text.judging])
+    added = written_count(len(read), read.shape[1], config)
+    judging = 0 if text.fresh else held_out_count(len(read) + added)
+    written = ranks.from_first(lambda: _written(work, model, read, judging + added, config.seed, on_step))
+    return (held_out if text.fresh else written[:judging]), read, written[judging:]
 
 
 def _written(
@@ -146,7 +151,7 @@ def _written(
     if written is None:
         mixed = any(parameter.dtype != torch.float32 for parameter in model.parameters())
         with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
-            written = more_of_it(model, text, count, torch.Generator().manual_seed(seed), on_step)
+            written = continuations(model, text, count, torch.Generator().manual_seed(seed), on_step)
         work.save_written(written)
     return written
 
@@ -171,10 +176,10 @@ def _obstacle(prepared: Prepared, config: QuantConfig, text: Text, device: torch
     if config.method != "mixed":
         return Obstacle(f"needs codes that are learned, and those of method {config.method} are not")
     count, seqlen = text.samples.shape
-    read = count - text.held_out
+    read = count - text.judging
     if step_count(read + written_count(read, seqlen, config), seqlen, config) < 1:
         return Obstacle(
-            f"needs {config.distill_batch_size} samples besides the {text.held_out} held out, and distill_tokens for "
+            f"needs {config.distill_batch_size} samples besides the {text.judging} held out, and distill_tokens for "
             f"them; there are {count} of {seqlen} tokens, and distill_tokens={config.distill_tokens}"
         )
     weights = prepared.layout.quantized_weights
