@@ -75,7 +75,7 @@ def _interrupted(arguments: Sequence[str]) -> int:
 
 
 def _from_interrupt(error: BaseException | None) -> bool:
-    """Whether a library made this of the KeyboardInterrupt that met it, as those do that import modules when needed."""
+    """Whether this came of a KeyboardInterrupt, of which C code that does not expect it makes a SystemError."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
