@@ -31,7 +31,7 @@ class Settings:
     text: Path = Path(".cache/exllamav3/exllamav3/conversion/standard_cal_data/wiki.utf8")
     calibration: str = "[:80%]"  # of the text's articles
     held_out: str = "[80%:]"
-    # A fraction of the preset's tokens for the last step, so that all of it takes about half an hour.
+    # A fraction of the preset's tokens for the last step, so that all of it takes about a quarter of an hour.
     quantize: tuple[str, ...] = ("--preset", "best", "--set", "distill_tokens=65536")
     seqlen: int = 512
     windows: int = 64
@@ -59,7 +59,7 @@ def main(settings: Settings) -> None:
     began = time.monotonic()
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(f"{settings.name} at 1.61 bits per weight", style="bold")
-    console.print("About half an hour on two cores the first time; what is there already is not done again.")
+    console.print("About a quarter of an hour on two idle cores the first time; what is there already is not done again.")
     steps = Steps(settings.record)
     results = collect(settings, steps)
     settings.report.write_text(model_page(results), encoding="utf-8")
