@@ -59,7 +59,7 @@ def main(settings: Settings) -> None:
     began = time.monotonic()
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(f"{settings.name} at 1.61 bits per weight", style="bold")
-    console.print("About a quarter of an hour on two idle cores the first time; what is there already is not done again.")
+    console.print("A quarter of an hour on two idle cores the first time; what is there already is not done again.")
     steps = Steps(settings.record)
     results = collect(settings, steps)
     settings.report.write_text(model_page(results), encoding="utf-8")

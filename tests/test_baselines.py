@@ -16,7 +16,15 @@ from ptq161.methods import BASELINES, METHODS
 from ptq161.methods.awq import Awq, clipped_rounding, module_around
 from ptq161.methods.awq import channel_scale as awq_scale
 from ptq161.methods.baseline import Baseline, BaselineTask
-from ptq161.methods.billm import BiLlm, billm_bits, binarize_groups, binarized, quantiles, search_groups
+from ptq161.methods.billm import (
+    BiLlm,
+    billm_bits,
+    binarize_groups,
+    binarized,
+    quantiles,
+    search_groups,
+    split_gains,
+)
 from ptq161.methods.gptq import Gptq
 from ptq161.methods.hessian import BLOCK, compensate, damped_factor, input_moments
 from ptq161.methods.omniquant import OmniQuant, straight_through
@@ -260,6 +268,27 @@ def test_billm_groups_by_hand():
     assert columns.tolist() == [True, False, False, False, False, False]
     assert upper.equal((weight.abs() == large) & ~columns)
     torch.testing.assert_close(binarize_groups(weight, columns, upper), weight, rtol=2e-3, atol=2e-2)
+
+
+def test_billm_gain_of_a_split_is_what_binarizing_the_halves_takes_off():
+    values = normal(6, 40).square()
+    thresholds = values.flatten().quantile(torch.tensor([0.0, 0.3, 0.7, 0.99]))
+    gains = split_gains(values, thresholds)
+    for threshold, gain in zip(thresholds, gains, strict=True):
+        upper = values >= threshold
+        rounded = binarized(values, upper, 1) + binarized(values, ~upper, 1)
+        left = (values - rounded).double().square().sum()
+        assert abs(values.double().square().sum() - gain - left) < 1e-3 * left
+
+
+def test_billm_groups_do_not_depend_on_the_size_of_the_saliencies():
+    """Those of real models go beyond float16's range."""
+    saliency = (normal(16, 128) * normal(128, seed=1).exp()).square()
+    columns, upper = search_groups(saliency)
+    for factor in (2.0**-30, 2.0**30):
+        scaled_columns, scaled_upper = search_groups(saliency * factor)
+        assert scaled_columns.equal(columns)
+        assert scaled_upper.equal(upper)
 
 
 def test_quantiles_are_torchs():

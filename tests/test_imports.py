@@ -31,7 +31,7 @@ ALLOWED = {
     "dense": "discovery",
     "sensitivity": "ranks dense discovery blocks space mixed binarize budget",
     "fit": "ranks latent blocks binarize config machine",
-    "methods": "fit compensation mixed latent blocks binarize config",  # never linear, never kernels
+    "methods": "fit compensation mixed latent blocks binarize machine config",  # never linear, never kernels
     "walk": "ranks methods fit latent sensitivity allocation dense discovery blocks space budget layout packing "
     "binarize config",
     "baselines": "methods dense discovery blocks space",

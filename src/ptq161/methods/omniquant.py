@@ -2,9 +2,9 @@
 
 Shao et al., arXiv 2308.13137; https://github.com/OpenGVLab/OmniQuant. The authors' settings for LLaMA at W2A16 in
 groups: learnable weight clipping (two factors per group, sigmoid, started at 4), AdamW at 1e-2 without weight decay,
-40 epochs of single samples in order, squared error to the original block's output on both streams (`--aug_loss`).
-They leave the learnable equivalent transformation off for LLaMA's weights, and it is not here. What has no group of
-full size is a smaller group.
+40 epochs of single samples in order, squared error to the original block's output on both streams (`--aug_loss`), the
+block in half precision (here bfloat16, where the processor multiplies it). They leave the learnable equivalent
+transformation off for LLaMA's weights, and it is not here. What has no group of full size is a smaller group.
 """
 
 import math
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ptq161.errors import NonFiniteError
+from ptq161.machine import multiplies_bfloat16
 from ptq161.methods.baseline import Baseline, BaselineTask, DenseWeight
 from ptq161.methods.uniform import UniformGrid, grid_between, spans, uniform_bits
 
@@ -63,6 +64,7 @@ class OmniQuant(Baseline):
     def learn(self, task: BaselineTask, weights: dict[str, Tensor], factors: dict[str, Tensor]) -> None:
         """Learn the factors in place. Raises NonFiniteError naming block and epoch."""
         optimizer = torch.optim.AdamW(factors.values(), lr=self.lr, weight_decay=0.0)
+        half = torch.autocast(task.device.type, torch.bfloat16, enabled=multiplies_bfloat16(task.device))
         with torch.no_grad():
             local = [task.call(task.block, sample[None].to(task.device)) for sample in task.inputs]
         for epoch in range(self.epochs):
@@ -77,7 +79,8 @@ class OmniQuant(Baseline):
                     )
                     for name, weight in weights.items()
                 }
-                out = task.call(task.block, sample[None].to(task.device), dense)
+                with half:
+                    out = task.call(task.block, sample[None].to(task.device), dense).float()
                 loss = (out - wanted[None].to(task.device)).square().mean() + (out - local_out).square().mean()
                 if not math.isfinite(loss.item()):
                     raise NonFiniteError(f"omniquant's loss is {loss.item()} in block {task.index}, epoch {epoch}")
