@@ -24,6 +24,7 @@ from ptq161.evaluate.perplexity import perplexity
 from ptq161.hf import load
 from ptq161.linear import PackedLinear
 from ptq161.llamacpp import LIBRARIES
+from ptq161.meters import CompareMeter
 from ptq161.methods import BASELINES
 from ptq161.methods.rtn import RoundToNearest
 from ptq161.sources import open_dense, open_model
@@ -482,6 +483,17 @@ def test_quick_methods_and_defaults_are_there():
 
 def parsed(*words):
     return options.compare_settings(arguments.parse(["compare", "M", *words, "--calib", "a.txt", "--ppl", "b.txt"]))
+
+
+def test_without_a_terminal_there_is_a_line_for_every_tenth(capsys):
+    meter = CompareMeter(quiet=False)
+    for row, what in (("gptq-w2", "block"), ("gptq-w2", "window"), ("billm", "window")):
+        for done in range(1, 31):
+            meter(row, what, done, 30)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 * 11
+    assert lines[:2] == ["gptq-w2: block 1/30", "gptq-w2: block 3/30"]
+    assert lines[-1] == "billm: window 30/30"
 
 
 def test_options_go_over_quick_over_the_full_ones():

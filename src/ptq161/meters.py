@@ -103,13 +103,13 @@ class EvaluationMeter(_Meter):
 
 
 class CompareMeter(_Meter):
-    """Takes what a comparison is doing; without a terminal, a line when a row begins and when its evaluation does."""
+    """Takes what a comparison is doing; without a terminal, a line for about every tenth of it."""
 
-    last = ("", "")
+    last: tuple[str, str, int] | None = None
 
     def __call__(self, row: str, what: str, done: int, total: int) -> None:
         """Show that of `row`, `done` of `total` steps of `what` are behind it."""
         self.show(f"{row}: {what} {done}/{total}", done / total, f"memory {size(peak_rss_bytes())}")
-        if (row, what) != self.last:
-            self.last = (row, what)
-            self.line(f"{row}: {what}")
+        if (reached := (row, what, done * 10 // total)) != self.last:
+            self.last = reached
+            self.line(f"{row}: {what} {done}/{total}")
