@@ -91,20 +91,23 @@ def job(
 
 
 def claim(out: Path, job: Mapping[str, Any], *, restart: bool) -> None:
-    """Start a comparison in a folder, or make sure that the one in there is the same. Raises InputError."""
+    """Start a comparison in a folder, or make sure that the one in there is the same. Raises InputError.
+
+    Which model is the preprocessed one is settled by the first call that names one; calls before and after need not.
+    """
     path = out / JOB
     if restart and path.exists():
         shutil.rmtree(out / MODELS, ignore_errors=True)
         for name in (RESULTS, CHANNELS, JOB):
             (out / name).unlink(missing_ok=True)
     if path.exists():
-        different = differences(json.loads(path.read_text(encoding="utf-8")), job)
-        if different:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        job = {**job, "preprocessed": job["preprocessed"] or held["preprocessed"]}
+        if different := differences({**held, "preprocessed": held["preprocessed"] or job["preprocessed"]}, job):
             raise InputError(
                 f"{out} holds a comparison on other ground ({different}); repeat its settings to continue it, choose "
                 "another folder, or give --restart to drop it"
             )
     elif {entry.name for entry in out.iterdir()} - {"lock", f"{JOB}.new"}:
         raise InputError(f"{out} is no folder of a comparison and not empty: choose another one")
-    else:
-        write_atomically(path, lambda target: target.write_text(json.dumps(job, indent=1), encoding="utf-8"))
+    write_atomically(path, lambda target: target.write_text(json.dumps(job, indent=1), encoding="utf-8"))
