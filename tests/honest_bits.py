@@ -42,6 +42,8 @@ def block_bits(method: str, inputs: Mapping[int, Sequence[Shape]]) -> int:
         bits, _, group = setting.partition("g")
         scales = sum(16 * shared[0][1] for shared in inputs.values()) if name == "awq" else 0
         return uniform(int(bits), int(group) if group else None, shapes) + scales
+    if name == "autoround":
+        return uniform(2, 128, shapes)
     if name == "owq":
         return owq(int(setting), int(setting) + 0.01, shapes)
     return {

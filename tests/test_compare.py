@@ -12,7 +12,7 @@ from conftest import REPOSITORY
 from honest_bits import block_bits, llamacpp_bits, packed_bits
 from transformers import AutoModelForCausalLM
 
-from ptq161 import arguments, cli, contenders, llamacpp, options, tables, terminal
+from ptq161 import arguments, autoround, cli, contenders, llamacpp, options, tables, terminal
 from ptq161.compare import compare, read_rows
 from ptq161.comparison_inputs import RESULTS, Settings
 from ptq161.config import PRESETS, CalibrationConfig
@@ -325,6 +325,12 @@ def test_without_llamacpp_its_row_is_skipped(tmp_path, settings, llama_folder, m
     monkeypatch.setattr(llamacpp, "find_spec", lambda name: None)
     rows = compare(str(llama_folder), tmp_path / "out", replace(settings, methods=("llamacpp:IQ1_S",)))["rows"]
     assert rows[1]["status"] == "skipped" and 'pip install "ptq161[llamacpp]"' in rows[1]["reason"]
+
+
+def test_without_autoround_its_row_is_skipped(tmp_path, settings, llama_folder, monkeypatch):
+    monkeypatch.setattr(autoround, "find_spec", lambda name: None)
+    rows = compare(str(llama_folder), tmp_path / "out", replace(settings, methods=("autoround",)))["rows"]
+    assert rows[1]["status"] == "skipped" and 'pip install "ptq161[autoround]"' in rows[1]["reason"]
 
 
 def test_a_method_that_cannot_take_the_model_says_why_and_the_others_go_on(tmp_path, settings, llama_folder):

@@ -80,7 +80,8 @@ ALLOWED = {
     "blockwise": "ranks walk records checkpoint space layout config",
     "pipeline": "ranks blockwise walk tuning preflight records methods dense space checkpoint hf vocabulary "
     "inspection sources data layout config machine",
-    "contenders": "llamacpp pipeline baselines methods inspection hf dense folder config",
+    "autoround": "methods discovery",
+    "contenders": "llamacpp autoround pipeline baselines methods inspection hf dense folder config",
     "comparison_inputs": "contenders records checkpoint sources data config",
     "compare": "comparison_inputs contenders evaluate checkpoint data machine",
     "report": "",

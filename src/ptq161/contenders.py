@@ -1,7 +1,8 @@
 """What can stand in a comparison. A contender makes a model out of the original and says what storing it takes.
 
 Named as METHOD[:SETTING=VALUE[:...]]: a preset, whose packed checkpoint is made by the ordinary pipeline, or one of
-BASELINES, whose dense weights replace those of a copy in memory. `llamacpp:TYPE` is a file of llama.cpp.
+BASELINES, whose dense weights replace those of a copy in memory. `llamacpp:TYPE` is a file of llama.cpp, `autoround`
+what the package of that name makes.
 """
 
 import copy
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptq161 import llamacpp, pipeline
+from ptq161.autoround import AutoRoundSettings, quantize_with_autoround
 from ptq161.baselines import apply_baseline
 from ptq161.config import PRESETS, CalibrationConfig, converted, unknown
 from ptq161.dense import DenseModel
@@ -27,6 +29,7 @@ from ptq161.methods import BASELINES, Baseline
 
 FULL_PRECISION = "full-precision"  # the first row of every comparison
 LLAMACPP = "llamacpp"
+AUTOROUND = "autoround"
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,9 @@ def contender(name: str) -> Contender:
     if method in BASELINES:
         baseline: Any = BASELINES[method]
         return DenseBaseline(replace(baseline, **converted(type(baseline), settings)))
-    raise InputError(unknown("method", method, [*PRESETS, *BASELINES, f"{LLAMACPP}:TYPE"]))
+    if method == AUTOROUND:
+        return AutoRoundModel(replace(AutoRoundSettings(), **converted(AutoRoundSettings, settings)))
+    raise InputError(unknown("method", method, [*PRESETS, *BASELINES, f"{LLAMACPP}:TYPE", AUTOROUND]))
 
 
 def full_precision(subject: Subject, on_step: OnStep) -> Candidate:
@@ -212,6 +217,27 @@ class LlamaCppFile:
             weights=result.weights,
             claimed_bits=result.claimed_bits,
             file_bytes=result.file_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class AutoRoundModel:
+    """What AutoRound makes of the model; it draws its own progress."""
+
+    settings: AutoRoundSettings
+
+    def __call__(self, subject: Subject, on_step: OnStep) -> Candidate:
+        """Quantize a copy of the model. Raises InputError where AutoRound is missing or does not take the model."""
+        on_step("block", 0, len(subject.dense.blocks))
+        result = quantize_with_autoround(
+            subject.fresh(), subject.samples, self.settings, seed=subject.calibration.seed, device=subject.device
+        )
+        return Candidate(
+            model=result.model,
+            config=asdict(self.settings),
+            parts=result.parts,
+            weights=result.weights,
+            claimed_bits=self.settings.bits,
         )
 
 

@@ -42,6 +42,7 @@ FAMILIES: dict[str, Family] = {
         "SmoothQuant", "4-bit weights and 4-bit activations; outliers are moved from activations to weights"
     ),
     "llamacpp": Family("llama.cpp", "its own low-bit formats, with an importance matrix"),
+    "autoround": Family("AutoRound", "which way each weight is rounded is learned, and where to cut off large ones"),
     "full-precision": Family("full precision", "a model that is not quantized"),
 }
 PRESET_OF_METHOD = {"ptq161": "paper", "mixed": "fast"}  # rows of `ptq161 eval` name the method, not the preset
