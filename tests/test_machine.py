@@ -1,6 +1,8 @@
 """Facts about this machine."""
 
 import os
+import platform
+import resource
 import sys
 from pathlib import Path
 
@@ -8,7 +10,15 @@ import pytest
 import torch
 
 from ptq161.errors import InputError
-from ptq161.machine import available_memory_bytes, free_memory_bytes, multiplies_bfloat16, peak_rss_bytes, pick_device
+from ptq161.machine import (
+    available_memory_bytes,
+    free_memory_bytes,
+    kept_memory,
+    multiplies_bfloat16,
+    peak_rss_bytes,
+    pick_device,
+    resident_bytes,
+)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -25,6 +35,26 @@ def test_available_memory_is_less_than_all_and_more_than_nothing():
     free = free_memory_bytes(torch.device("cpu"))
     assert (free is None) == (available is None)
     assert free is None or free == pytest.approx(available, rel=0.5)  # others come and go between the two looks
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only its allocator can be told")
+def test_kept_memory_is_not_taken_anew_and_given_back_at_the_end():
+    size = 256 << 20
+
+    def pages_taken():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(3):
+            torch.ones(size, dtype=torch.uint8)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with kept_memory(0):
+        pages_taken()
+        assert pages_taken() < 0.1 * 3 * size / os.sysconf("SC_PAGE_SIZE")
+        kept = resident_bytes()
+    assert resident_bytes() < kept - 0.9 * size
+    with pytest.raises(ValueError), kept_memory(2 * size):
+        assert resident_bytes() < kept - 0.9 * size, "expected memory is not touched"
+        raise ValueError
 
 
 def test_device_names():

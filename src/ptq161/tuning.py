@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from ptq161.dense import DenseModel
 from ptq161.discovery import decoder_blocks, without_blocks
 from ptq161.distill import held_out_count, step_count, tune, written_count
 from ptq161.errors import InputError, Ptq161Error
-from ptq161.machine import free_memory_bytes
+from ptq161.machine import free_memory_bytes, kept_memory
 from ptq161.selftext import continuations
 from ptq161.student import memory_bytes, student_of
 from ptq161.walk import OnProgress, Prepared, Progress, packed_tensors
@@ -109,11 +110,12 @@ def distill(
     with without_blocks(decoder_blocks(model)[1]):
         model.float()
     model.to(device)  # type: ignore[arg-type]
-    with float32_vectors(model):
+    recomputed = _recomputed_blocks(prepared, config, text.samples, device)
+    with float32_vectors(model), _kept_memory(prepared, config, text.samples, device, recomputed=bool(recomputed)):
         held_out, read, written = _divided(work, model, text, config, partial(report, "write", loss=None))
         saved = work.load_latents(prepared.layout, prepared.first, prepared.last)
         latents = {name: weight.to(device) for name, weight in saved.items()}
-        student = student_of(model, latents, _recomputed_blocks(prepared, config, text.samples, device))
+        student = student_of(model, latents, recomputed)
         learned = torch.cat([read, written]).to(device)
         state = work.load_distillation()
         save = work.save_distillation if ranks.first() else lambda state: None
@@ -199,3 +201,13 @@ def _recomputed_blocks(
     if not any(ranks.gathered(available is not None and needed > available)):
         return ()
     return tuple(f"{prepared.model.prefix}.{index}" for index in range(len(prepared.model.blocks)))
+
+
+def _kept_memory(
+    prepared: Prepared, config: QuantConfig, samples: Tensor, device: torch.device, *, recomputed: bool
+) -> AbstractContextManager[None]:
+    """On a CPU a third of a step's time went into taking its memory anew."""
+    if device.type != "cpu":
+        return nullcontext()
+    weights, seqlen = prepared.layout.quantized_weights, samples.shape[1]
+    return kept_memory(memory_bytes(prepared.model.skeleton, weights, seqlen, config, recomputed=recomputed))

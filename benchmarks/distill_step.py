@@ -1,0 +1,107 @@
+"""How long a step of distillation takes, with its memory kept between steps and without, turn by turn.
+
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/distill_step.py MODEL --seqlen 512 --rounds 3
+
+Which channels have which width does not matter for the time: here they are drawn, half of them 1-bit, four tenths
+ternary, a tenth 4-bit. The text is random tokens. Two steps that are not counted come first in every round.
+"""
+
+import argparse
+import statistics
+import time
+from contextlib import nullcontext, suppress
+
+import torch
+from torch import Tensor, nn
+
+from ptq161.binarize import FOUR_BIT, ONE_BIT, TERNARY, ColumnGroup, QuantizedWeight, nearest_level, stored
+from ptq161.config import QuantConfig
+from ptq161.discovery import block_linears, decoder_blocks
+from ptq161.distill import Distillation
+from ptq161.latent import LatentWeight
+from ptq161.machine import kept_memory
+from ptq161.sources import open_model
+from ptq161.student import memory_bytes, student_of
+
+SHARES = {ONE_BIT: 0.5, TERNARY: 0.4, FOUR_BIT: 0.1}
+
+
+def drawn_widths(weight: Tensor, generator: torch.Generator) -> LatentWeight:
+    """A linear with its channels divided at random."""
+    cols = weight.shape[1]
+    order = torch.randperm(cols, generator=generator)
+    ends = torch.tensor(list(SHARES.values())).cumsum(0).mul(cols).round().long()
+    groups = []
+    for width, columns in zip(SHARES, order.tensor_split(ends[:-1].tolist()), strict=True):
+        columns = columns.sort().values
+        part = weight[:, columns]
+        scale = stored(part.abs().mean(dim=1, keepdim=True))
+        groups.append(ColumnGroup(columns, width, nearest_level(part / scale, width).to(torch.int8), scale))
+    return LatentWeight.of(weight, QuantizedWeight(tuple(groups)))
+
+
+def main() -> None:
+    """Print the seconds of a step, both ways, and their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=QuantConfig().distill_batch_size)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="counted steps of each round")
+    arguments = parser.parse_args()
+
+    model, _ = open_model(arguments.model, dtype=torch.float32)
+    model.eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    prefix, blocks = decoder_blocks(model)
+    linears: dict[str, nn.Linear] = {
+        f"{prefix}.{index}.{name}": linear
+        for index, block in enumerate(blocks)
+        for name, linear in block_linears(model, index, block).items()
+    }
+    student = student_of(model, {name: drawn_widths(linear.weight, generator) for name, linear in linears.items()})
+    steps = arguments.rounds * 2 * (arguments.steps + 2)
+    config = QuantConfig().replaced(
+        {
+            "distill_batch_size": arguments.batch_size,
+            "distill_tokens": steps * arguments.batch_size * arguments.seqlen,
+            "distill_redraw": 0.0,
+        }
+    )
+    samples = torch.randint(
+        model.config.vocab_size, (steps * arguments.batch_size, arguments.seqlen), generator=generator
+    )
+    run = Distillation(model, student, samples, config)
+    expected = memory_bytes(model, sum(linear.weight.numel() for linear in linears.values()), arguments.seqlen, config)
+    model.set_attn_implementation("eager")  # as distillation does on a CPU
+    began, seconds = time.monotonic(), []
+
+    def on_step(step: int, of: int, loss: float) -> None:
+        nonlocal began
+        seconds.append(time.monotonic() - began)
+        began = time.monotonic()
+
+    def stop_after(step: int) -> None:
+        if run.step == step:
+            raise StopIteration
+
+    counted: dict[str, list[float]] = {"taken anew": [], "kept": []}
+    for _ in range(arguments.rounds):
+        for name, times in counted.items():
+            seconds.clear()
+            end = run.step + arguments.steps + 2
+            with kept_memory(expected) if name == "kept" else nullcontext():
+                began = time.monotonic()
+                with suppress(StopIteration):
+                    run.run(on_step, lambda end=end: stop_after(end))
+            times += seconds[2:]
+    medians = {name: statistics.median(times) for name, times in counted.items()}
+    tokens = arguments.batch_size * arguments.seqlen
+    print(f"a step of {tokens} tokens, {torch.get_num_threads()} threads, median of {len(counted['kept'])}")
+    for name, median in medians.items():
+        print(f"memory {name:<11} {median:6.2f} s  {tokens / median:6.1f} tokens/s")
+    print(f"ratio {medians['taken anew'] / medians['kept']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
