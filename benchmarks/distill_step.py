@@ -1,4 +1,4 @@
-"""How long a step of distillation takes, with its memory kept between steps and without, turn by turn.
+"""How long a step of distillation takes as it is, with its memory taken anew, and with eager attention, turn by turn.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/distill_step.py MODEL --seqlen 512 --rounds 3
 
@@ -9,12 +9,13 @@ ternary, a tenth 4-bit. The text is random tokens. Two steps that are not counte
 import argparse
 import statistics
 import time
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 
 import torch
 from torch import Tensor, nn
 
 from ptq161.binarize import FOUR_BIT, ONE_BIT, TERNARY, ColumnGroup, QuantizedWeight, nearest_level, stored
+from ptq161.causal import fast_attention
 from ptq161.config import QuantConfig
 from ptq161.discovery import block_linears, decoder_blocks
 from ptq161.distill import Distillation
@@ -23,6 +24,7 @@ from ptq161.machine import kept_memory
 from ptq161.sources import open_model
 from ptq161.student import memory_bytes, student_of
 
+UNCOUNTED = 2  # steps of each turn
 SHARES = {ONE_BIT: 0.5, TERNARY: 0.4, FOUR_BIT: 0.1}
 
 
@@ -60,7 +62,7 @@ def main() -> None:
         for name, linear in block_linears(model, index, block).items()
     }
     student = student_of(model, {name: drawn_widths(linear.weight, generator) for name, linear in linears.items()})
-    steps = arguments.rounds * 2 * (arguments.steps + 2)
+    steps = arguments.rounds * 3 * (UNCOUNTED + arguments.steps)
     config = QuantConfig().replaced(
         {
             "distill_batch_size": arguments.batch_size,
@@ -73,8 +75,7 @@ def main() -> None:
     )
     run = Distillation(model, student, samples, config)
     expected = memory_bytes(model, sum(linear.weight.numel() for linear in linears.values()), arguments.seqlen, config)
-    model.set_attn_implementation("eager")  # as distillation does on a CPU
-    began, seconds = time.monotonic(), []
+    began, seconds = 0.0, []
 
     def on_step(step: int, of: int, loss: float) -> None:
         nonlocal began
@@ -85,22 +86,37 @@ def main() -> None:
         if run.step == step:
             raise StopIteration
 
-    counted: dict[str, list[float]] = {"taken anew": [], "kept": []}
+    def as_it_is() -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(fast_attention(model, samples.device))
+        stack.enter_context(kept_memory(expected))
+        return stack
+
+    def eager() -> ExitStack:
+        stack = as_it_is()
+        model.set_attn_implementation("eager")
+        return stack
+
+    variants = {
+        "as it is": as_it_is,
+        "memory taken anew": lambda: fast_attention(model, samples.device),
+        "eager attention": eager,
+    }
+    counted: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(arguments.rounds):
-        for name, times in counted.items():
+        for name, variant in variants.items():
             seconds.clear()
-            end = run.step + arguments.steps + 2
-            with kept_memory(expected) if name == "kept" else nullcontext():
+            end = run.step + UNCOUNTED + arguments.steps
+            with variant(), suppress(StopIteration):
                 began = time.monotonic()
-                with suppress(StopIteration):
-                    run.run(on_step, lambda end=end: stop_after(end))
-            times += seconds[2:]
+                run.run(on_step, lambda end=end: stop_after(end))
+            counted[name] += seconds[UNCOUNTED:]
     medians = {name: statistics.median(times) for name, times in counted.items()}
     tokens = arguments.batch_size * arguments.seqlen
-    print(f"a step of {tokens} tokens, {torch.get_num_threads()} threads, median of {len(counted['kept'])}")
+    print(f"a step of {tokens} tokens, {torch.get_num_threads()} threads, median of {len(counted['as it is'])}")
     for name, median in medians.items():
-        print(f"memory {name:<11} {median:6.2f} s  {tokens / median:6.1f} tokens/s")
-    print(f"ratio {medians['taken anew'] / medians['kept']:.2f}")
+        share = median / medians["as it is"]
+        print(f"{name:<18} {median:6.2f} s  {tokens / median:6.1f} tokens/s  {share:.2f} times as long")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ ALLOWED = {
     "llamacpp": "gguf_export blocks discovery config",
     "student": "fit latent config",
     "passes": "ranks",
-    "distill": "ranks passes student fit config",
+    "causal": "",
+    "distill": "ranks causal passes student fit config",
     # running packed models
     "kernels": "packing binarize",
     "linear": "kernels layout packing binarize",

@@ -7,8 +7,7 @@ original: the quantized one is the same modules called with other weights (`stud
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptq161 import ranks
+from ptq161.causal import fast_attention
 from ptq161.config import QuantConfig
 from ptq161.errors import NonFiniteError
 from ptq161.fit import latent_parameters
@@ -174,7 +174,7 @@ def tune(
             save(run.state() | {"held_out_first": torch.tensor(first, dtype=torch.float64)})
             saved = time.monotonic()
 
-    with _fast_attention(model, learned.device):
+    with fast_attention(model, learned.device):
         run.run(on_step, save_sometimes)
     last = held_out_divergence(model, student, held_out)
     return {
@@ -185,18 +185,6 @@ def tune(
         "held_out_last": last,
         "kept": last < first,
     }
-
-
-@contextmanager
-def _fast_attention(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """On a CPU, attention step by step: the backward pass of the fused kernel takes twice as long there."""
-    before: str = model.config._attn_implementation
-    if device.type == "cpu":
-        model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def written_count(samples: int, seqlen: int, config: QuantConfig) -> int:
