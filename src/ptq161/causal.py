@@ -2,8 +2,8 @@
 
 transformers' `eager` makes every score, the half that is masked as well, and goes over all of them a dozen times; the
 backward pass of torch's fused CPU kernel takes longer still. Here queries go in groups of neighbours, each with only
-the keys before its end, and heads that share keys are one product. Masks other than the plain causal one go to
-transformers' `sdpa`.
+the keys before its end, and heads that share keys are one product (docs/decisions/0024). Masks other than the plain
+causal one go to transformers' `sdpa`.
 """
 
 from collections.abc import Iterator

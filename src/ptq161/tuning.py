@@ -206,7 +206,7 @@ def _recomputed_blocks(
 def _kept_memory(
     prepared: Prepared, config: QuantConfig, samples: Tensor, device: torch.device, *, recomputed: bool
 ) -> AbstractContextManager[None]:
-    """On a CPU a third of a step's time went into taking its memory anew."""
+    """On a CPU, where taking its memory anew is a good part of a step's time (docs/decisions/0023)."""
     if device.type != "cpu":
         return nullcontext()
     weights, seqlen = prepared.layout.quantized_weights, samples.shape[1]

@@ -64,7 +64,7 @@ class OmniQuant(Baseline):
     def learn(self, task: BaselineTask, weights: dict[str, Tensor], factors: dict[str, Tensor]) -> None:
         """Learn the factors in place. Raises NonFiniteError naming block and epoch."""
         optimizer = torch.optim.AdamW(factors.values(), lr=self.lr, weight_decay=0.0)
-        half = torch.autocast(task.device.type, torch.bfloat16, enabled=multiplies_bfloat16(task.device))
+        autocast = torch.autocast(task.device.type, torch.bfloat16, enabled=multiplies_bfloat16(task.device))
         with torch.no_grad():
             local = [task.call(task.block, sample[None].to(task.device)) for sample in task.inputs]
         for epoch in range(self.epochs):
@@ -79,7 +79,7 @@ class OmniQuant(Baseline):
                     )
                     for name, weight in weights.items()
                 }
-                with half:
+                with autocast:
                     out = task.call(task.block, sample[None].to(task.device), dense).float()
                 loss = (out - wanted[None].to(task.device)).square().mean() + (out - local_out).square().mean()
                 if not math.isfinite(loss.item()):
