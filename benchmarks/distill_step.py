@@ -14,13 +14,13 @@ from contextlib import ExitStack, suppress
 import torch
 from torch import Tensor, nn
 
+from ptq161.allocator import kept_memory
 from ptq161.binarize import FOUR_BIT, ONE_BIT, TERNARY, ColumnGroup, QuantizedWeight, nearest_level, stored
 from ptq161.causal import fast_attention
 from ptq161.config import QuantConfig
 from ptq161.discovery import block_linears, decoder_blocks
 from ptq161.distill import Distillation
 from ptq161.latent import LatentWeight
-from ptq161.machine import kept_memory
 from ptq161.sources import open_model
 from ptq161.student import memory_bytes, student_of
 

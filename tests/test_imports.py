@@ -39,6 +39,7 @@ ALLOWED = {
     "llamacpp": "gguf_export blocks discovery config",
     "student": "fit latent config",
     "passes": "ranks",
+    "allocator": "",
     "causal": "",
     "distill": "ranks causal passes student fit config",
     # running packed models
@@ -75,7 +76,7 @@ ALLOWED = {
     "dense discovery checkpoint folder config machine",
     "inspection": "sources hf vocabulary saving contents foreign folder discovery blocks allocation layout packing "
     "config",
-    "tuning": "ranks distill student walk dense discovery blocks checkpoint machine selftext config",
+    "tuning": "ranks allocator distill student walk dense discovery blocks checkpoint machine selftext config",
     "preflight": "methods tuning walk config",
     "records": "ranks walk folder config",
     "blockwise": "ranks walk records checkpoint space layout config",

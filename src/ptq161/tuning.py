@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptq161 import ranks
+from ptq161.allocator import kept_memory
 from ptq161.blocks import float32_vectors
 from ptq161.checkpoint import WorkFolder
 from ptq161.config import CalibrationConfig, Distill, QuantConfig
@@ -20,7 +21,7 @@ from ptq161.dense import DenseModel
 from ptq161.discovery import decoder_blocks, without_blocks
 from ptq161.distill import held_out_count, step_count, tune, written_count
 from ptq161.errors import InputError, Ptq161Error
-from ptq161.machine import free_memory_bytes, kept_memory
+from ptq161.machine import free_memory_bytes
 from ptq161.selftext import continuations
 from ptq161.student import memory_bytes, student_of
 from ptq161.walk import OnProgress, Prepared, Progress, packed_tensors
