@@ -51,6 +51,7 @@ class QuantizeMeter(_Meter):
     """Takes the pipeline's progress reports: block, phase, loss, time left, memory."""
 
     began_at: int | None = None
+    learned_from: tuple[int, float] | None = None  # step and seconds of the first report: later than 0 if continued
     tenths = 0
 
     def __call__(self, progress: "Progress") -> None:
@@ -75,8 +76,11 @@ class QuantizeMeter(_Meter):
 
     def _learned(self, progress: "Progress", measure: str) -> None:
         done, total = progress.step, progress.steps
-        left = duration(progress.seconds / done * (total - done))
-        figures = f"{measure} {progress.loss:.4g}  {left} left  memory {size(peak_rss_bytes())}"
+        if self.learned_from is None:
+            self.learned_from = done, progress.seconds
+        first, before = self.learned_from
+        left = f"{duration((progress.seconds - before) / (done - first) * (total - done))} left  " if done > first else ""
+        figures = f"{measure} {progress.loss:.4g}  {left}memory {size(peak_rss_bytes())}"
         self.show(f"{progress.phase} {done}/{total}", done / total, figures)
         if done * 10 // total != self.tenths:
             self.tenths = done * 10 // total
