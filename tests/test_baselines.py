@@ -207,6 +207,17 @@ def test_gptq_beats_rtn_on_the_layers_output(group):
     assert all(len(row.unique()) <= 2**3 for row in result.weight[:, :BLOCK])
 
 
+@pytest.mark.parametrize("group", [None, 128])
+def test_gptq_by_act_order_is_gptq_on_sorted_channels(group):
+    weight, moments = normal(16, 200), correlated_moments(200)
+    order = moments.diagonal().argsort(descending=True)
+    result = Gptq(3, group, act_order=True).quantize(weight, moments)
+    plain = Gptq(3, group).quantize(weight[:, order], moments[order][:, order])
+    assert result.weight[:, order].equal(plain.weight)
+    assert not result.weight.equal(Gptq(3, group).quantize(weight, moments).weight)
+    assert sum(result.bits.values()) - sum(plain.bits.values()) == (0 if group is None else 200 * 16)
+
+
 def test_gptq_takes_groups_that_fit_its_blocks_only():
     with pytest.raises(InputError, match=r"group=96.*divisor of 128"):
         Gptq(2, 96)

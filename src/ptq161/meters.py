@@ -79,7 +79,9 @@ class QuantizeMeter(_Meter):
         if self.learned_from is None:
             self.learned_from = done, progress.seconds
         first, before = self.learned_from
-        left = f"{duration((progress.seconds - before) / (done - first) * (total - done))} left  " if done > first else ""
+        left = (
+            f"{duration((progress.seconds - before) / (done - first) * (total - done))} left  " if done > first else ""
+        )
         figures = f"{measure} {progress.loss:.4g}  {left}memory {size(peak_rss_bytes())}"
         self.show(f"{progress.phase} {done}/{total}", done / total, figures)
         if done * 10 // total != self.tenths:
