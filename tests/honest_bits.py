@@ -41,7 +41,8 @@ def block_bits(method: str, inputs: Mapping[int, Sequence[Shape]]) -> int:
     if name in ("rtn", "gptq", "awq", "omniquant"):
         bits, _, group = setting.partition("g")
         scales = sum(16 * shared[0][1] for shared in inputs.values()) if name == "awq" else 0
-        return uniform(int(bits), int(group) if group else None, shapes) + scales
+        order = sum(16 * c for _, c in shapes) if group and method.endswith(":act_order=true") else 0
+        return uniform(int(bits), int(group) if group else None, shapes) + scales + order
     if name == "autoround":
         return uniform(2, 128, shapes)
     if name == "owq":
