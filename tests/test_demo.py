@@ -24,9 +24,9 @@ REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"\s*(\.venv/bin/)?ptq161 ")
-FORMATS = [("paper", []), ("best", ["--set", "distill_tokens=128"])]  # preset, what makes it tiny besides TINY
+PRESETS = ["paper", "best"]  # one for each method
 CONVERSING = {"chat", "serve"}  # wait for people and clients: test_chat.py, test_serve.py
-TINY = ["--salient-ratio", "0.2", "--samples", "4", "--seqlen", "16", "--epochs", "1"]
+TINY = ["--salient-ratio", "0.2", "--samples", "4", "--seqlen", "16", "--epochs", "1", "--set", "distill_tokens=128"]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -123,11 +123,10 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("preset", "settings_of_preset"), FORMATS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_demo_writes_its_page_and_does_nothing_twice(
     demo: ModuleType,
     preset: str,
-    settings_of_preset: list[str],
     llama_folder: Path,
     calibration_file: Path,
     tmp_path: Path,
@@ -137,7 +136,7 @@ def test_demo_writes_its_page_and_does_nothing_twice(
         name="Tiny <llama>",
         model=llama_folder,
         text=calibration_file,
-        quantize=("--preset", preset, *TINY, *settings_of_preset),
+        quantize=("--preset", preset, *TINY),
         seqlen=32,
         windows=2,
         prompts=("The river",),
@@ -228,11 +227,10 @@ LEVELS = {"1bit": {-1, 1}, "ternary": {-1, 0, 1}, "4bit": set(range(-15, 16, 2))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("preset", "settings_of_preset"), FORMATS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_channels_of_the_demo_are_wider_the_more_they_count(
     demo: ModuleType,
     preset: str,
-    settings_of_preset: list[str],
     llama_folder: Path,
     calibration_file: Path,
     tmp_path: Path,
@@ -240,7 +238,7 @@ def test_channels_of_the_demo_are_wider_the_more_they_count(
     import channels
 
     packed = tmp_path / "packed"
-    tiny = ["--preset", preset, *TINY, *settings_of_preset]
+    tiny = ["--preset", preset, *TINY]
     assert cli.main(["quantize", str(llama_folder), str(packed), "--calib", str(calibration_file), *tiny]) == 0
     measured = channels.measure(llama_folder, packed)
     expected = ["1bit", "ternary", "4bit"] if preset == "best" else ["1bit", "4bit"]
