@@ -51,7 +51,7 @@ class QuantizeMeter(_Meter):
     """Takes the pipeline's progress reports: block, phase, loss, time left, memory."""
 
     began_at: int | None = None
-    learned_from: tuple[int, float] | None = None  # step and seconds of the first report: later than 0 if continued
+    first_report: tuple[int, float] | None = None  # step (late in a continued run) and seconds, in phases of LEARNED
     tenths = 0
 
     def __call__(self, progress: "Progress") -> None:
@@ -76,12 +76,10 @@ class QuantizeMeter(_Meter):
 
     def _learned(self, progress: "Progress", measure: str) -> None:
         done, total = progress.step, progress.steps
-        if self.learned_from is None:
-            self.learned_from = done, progress.seconds
-        first, before = self.learned_from
-        left = (
-            f"{duration((progress.seconds - before) / (done - first) * (total - done))} left  " if done > first else ""
-        )
+        if self.first_report is None:
+            self.first_report = done, progress.seconds
+        steps, seconds = done - self.first_report[0], progress.seconds - self.first_report[1]
+        left = f"{duration(seconds / steps * (total - done))} left  " if steps else ""
         figures = f"{measure} {progress.loss:.4g}  {left}memory {size(peak_rss_bytes())}"
         self.show(f"{progress.phase} {done}/{total}", done / total, figures)
         if done * 10 // total != self.tenths:

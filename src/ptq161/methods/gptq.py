@@ -17,9 +17,7 @@ from ptq161.compensation import Rounding
 from ptq161.errors import InputError
 from ptq161.methods.baseline import Baseline, BaselineTask, DenseWeight
 from ptq161.methods.hessian import BLOCK, compensate, damped_factor, each_linear
-from ptq161.methods.uniform import minmax_grid, spans, uniform_bits
-
-INDEX_BITS = 16  # the group of a channel
+from ptq161.methods.uniform import INDEX_BITS, minmax_grid, spans, uniform_bits
 
 
 @dataclass(frozen=True)

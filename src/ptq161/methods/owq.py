@@ -17,10 +17,9 @@ from torch import Tensor
 from ptq161.binarize import salient_columns, stored
 from ptq161.methods.baseline import Baseline, BaselineTask, DenseWeight
 from ptq161.methods.hessian import compensate, damped_factor, input_moments
-from ptq161.methods.uniform import SCALE_BITS, UniformGrid
+from ptq161.methods.uniform import INDEX_BITS, SCALE_BITS, UniformGrid
 
 FLOAT_BITS = 16
-INDEX_BITS = 16  # which columns are weak
 ERROR_POWER = 2.4
 ROWS_AT_ONCE = 64  # the search goes over these weights thousands of times: they should stay in the cache
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ptq161.binarize import stored
 
 SCALE_BITS = 16  # scales are rounded to float16 before any code is chosen
+INDEX_BITS = 16  # of a channel, where its place is a choice
 
 
 @dataclass(frozen=True)
