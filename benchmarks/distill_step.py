@@ -1,4 +1,5 @@
-"""How long a step of distillation takes as it is, with its memory taken anew, and with eager attention, turn by turn.
+"""How long a step of distillation takes as it is and otherwise, turn by turn: with its memory taken anew, with eager
+attention, with its products in the other of float32 and bfloat16.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/distill_step.py MODEL --seqlen 512 --rounds 3
 
@@ -10,14 +11,16 @@ import argparse
 import statistics
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ptq161.allocator import kept_memory
+from ptq161.arithmetic import products_dtype
 from ptq161.binarize import FOUR_BIT, ONE_BIT, TERNARY, ColumnGroup, QuantizedWeight, nearest_level, stored
 from ptq161.causal import fast_attention
-from ptq161.config import QuantConfig
+from ptq161.config import Compute, QuantConfig
 from ptq161.discovery import block_linears, decoder_blocks
 from ptq161.distill import Distillation
 from ptq161.latent import LatentWeight
@@ -25,6 +28,7 @@ from ptq161.sources import open_model
 from ptq161.student import memory_bytes, student_of
 
 UNCOUNTED = 2  # steps of each turn
+VARIANTS = 4
 SHARES = {ONE_BIT: 0.5, TERNARY: 0.4, FOUR_BIT: 0.1}
 
 
@@ -61,8 +65,10 @@ def main() -> None:
         for index, block in enumerate(blocks)
         for name, linear in block_linears(model, index, block).items()
     }
-    student = student_of(model, {name: drawn_widths(linear.weight, generator) for name, linear in linears.items()})
-    steps = arguments.rounds * 3 * (UNCOUNTED + arguments.steps)
+    dtype = products_dtype(Compute.AUTO, torch.device("cpu"))
+    latents = {name: drawn_widths(linear.weight, generator) for name, linear in linears.items()}
+    student = student_of(model, latents, dtype)
+    steps = arguments.rounds * VARIANTS * (UNCOUNTED + arguments.steps)
     config = QuantConfig().replaced(
         {
             "distill_batch_size": arguments.batch_size,
@@ -74,7 +80,8 @@ def main() -> None:
         model.config.vocab_size, (steps * arguments.batch_size, arguments.seqlen), generator=generator
     )
     run = Distillation(model, student, samples, config)
-    expected = memory_bytes(model, sum(linear.weight.numel() for linear in linears.values()), arguments.seqlen, config)
+    weights = sum(linear.weight.numel() for linear in linears.values())
+    expected = memory_bytes(model, weights, arguments.seqlen, config, dtype)
     began, seconds = 0.0, []
 
     def on_step(step: int, of: int, loss: float) -> None:
@@ -97,10 +104,18 @@ def main() -> None:
         model.set_attn_implementation("eager")
         return stack
 
+    def other_products() -> ExitStack:
+        stack = as_it_is()
+        stack.callback(setattr, run, "student", student)
+        run.student = replace(student, dtype=other)
+        return stack
+
+    other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
     variants = {
         "as it is": as_it_is,
         "memory taken anew": lambda: fast_attention(model, samples.device),
         "eager attention": eager,
+        f"products in {str(other).removeprefix('torch.')}": other_products,
     }
     counted: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(arguments.rounds):
@@ -116,7 +131,7 @@ def main() -> None:
     print(f"a step of {tokens} tokens, {torch.get_num_threads()} threads, median of {len(counted['as it is'])}")
     for name, median in medians.items():
         share = median / medians["as it is"]
-        print(f"{name:<18} {median:6.2f} s  {tokens / median:6.1f} tokens/s  {share:.2f} times as long")
+        print(f"{name:<20} {median:6.2f} s  {tokens / median:6.1f} tokens/s  {share:.2f} times as long")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def latents_of(model):
 
 def run(model, samples=SAMPLES, config=CONFIG, state=None, on_step=lambda *step: None, save=lambda state: None):
     """(record, student) of a whole run from the model's own latents."""
-    student = student_of(model, latents_of(model))
+    student = student_of(model, latents_of(model), torch.bfloat16)
     few = held_out_count(len(samples))
     return tune(model, student, samples[:few], samples[few:], config, state, on_step, save), student
 
@@ -69,7 +69,7 @@ def leaves(student):
 
 def differs(model, student, tokens):
     """The loss of a step on tokens."""
-    return divergence(model, student, tokens, predictions(model, tokens))
+    return divergence(model, student, tokens, predictions(model, tokens, student.dtype))
 
 
 # The loss
@@ -100,7 +100,7 @@ def test_divergence_of_equal_logits_is_nothing():
 
 def test_divergence_is_a_mean_over_tokens():
     model = tiny()
-    student = student_of(model, latents_of(model))
+    student = student_of(model, latents_of(model), torch.bfloat16)
     whole = differs(model, student, SAMPLES[:3]).item()
     assert whole == pytest.approx(sum(differs(model, student, s[None]).item() for s in SAMPLES[:3]) / 3, rel=0.02)
     assert whole > 0.05
@@ -111,8 +111,8 @@ def test_divergence_is_a_mean_over_tokens():
 
 def test_student_is_what_a_file_would_hold():
     model = tiny()
-    student = student_of(model, latents_of(model))
-    weights = student.weights(torch.float32)
+    student = student_of(model, latents_of(model), torch.bfloat16)
+    weights = replace(student, dtype=torch.float32).weights()
     for name, latent in student.latents.items():
         assert weights[f"{name}.weight"].equal(reconstruct(latent.quantized()))
     assert weights.keys() == {f"{name}.weight" for name in student.latents} | student.norms.keys()
@@ -125,7 +125,7 @@ def test_student_of_an_original_that_is_representable_does_not_differ(family):
     latents = latents_of(model)
     for name, latent in latents.items():
         model.get_submodule(name).weight.copy_(latent.dense(torch.float32).detach())
-    student = student_of(model, latents)
+    student = student_of(model, latents, torch.bfloat16)
     assert differs(model, student, SAMPLES[:2]).item() == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         next(iter(student.norms.values())).mul_(1.5)
@@ -135,7 +135,7 @@ def test_student_of_an_original_that_is_representable_does_not_differ(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_norms_are_found_and_nothing_else(family):
     model = tiny(family)
-    student = student_of(model, latents_of(model))
+    student = student_of(model, latents_of(model), torch.bfloat16)
     expected = {
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -147,14 +147,17 @@ def test_norms_are_found_and_nothing_else(family):
         assert norm.equal(model.get_parameter(name)) and norm is not model.get_parameter(name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "products"),
+    [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_leaf_of_every_family_learns(family, dtype):
+def test_every_leaf_of_every_family_learns(family, dtype, products):
     model = tiny(family)
     _, blocks = decoder_blocks(model)
     blocks.to(dtype)
     with float32_vectors(model):
-        student = student_of(model, latents_of(model))
+        student = student_of(model, latents_of(model), products)
         differs(model, student, SAMPLES[:2]).backward()
     for name, leaf in student.leaves().items():
         assert leaf.grad is not None and leaf.grad.isfinite().all(), name
@@ -171,7 +174,7 @@ def test_blocks_computed_again_change_nothing(family):
     names = tuple(f"{prefix}.{index}" for index in range(len(blocks)))
     found = []
     for recomputed in ((), names):
-        student = student_of(model, latents_of(model), recomputed)
+        student = student_of(model, latents_of(model), torch.bfloat16, recomputed)
         loss = differs(model, student, SAMPLES[:2])
         loss.backward()
         found.append([loss, *(leaf.grad for leaf in student.leaves().values())])
@@ -191,7 +194,7 @@ def test_blocks_computed_again_keep_less():
             kept += tensor.untyped_storage().nbytes()
             return tensor
 
-        student = student_of(model, latents_of(model), recomputed)
+        student = student_of(model, latents_of(model), torch.bfloat16, recomputed)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             differs(model, student, SAMPLES[:2])
         held.append(kept)
@@ -209,7 +212,7 @@ def test_held_out_divergence_falls():
     assert record["kept"] and record["held_out_last"] < 0.8 * record["held_out_first"]
     held_out = text[: held_out_count(40)]
     assert record["held_out_last"] == held_out_divergence(model, student, held_out)
-    start = student_of(model, latents_of(model))
+    start = student_of(model, latents_of(model), torch.bfloat16)
     assert record["held_out_first"] == held_out_divergence(model, start, held_out)
 
 
@@ -250,7 +253,7 @@ def test_run_that_makes_it_worse_is_not_kept():
 
 def test_each_rate_moves_its_own_leaves():
     model = tiny()
-    start = leaves(student_of(model, latents_of(model)))
+    start = leaves(student_of(model, latents_of(model), torch.bfloat16))
     for rates, kinds in (((1e-2, 0.0), {"latent"}), ((0.0, 1e-3), {"gain", "weight"}), ((0.0, 0.0), set())):
         config = replace(CONFIG, distill_tokens=60, distill_lr_latent=rates[0], distill_lr_scale=rates[1])
         _, student = run(model, config=config)
@@ -356,10 +359,15 @@ def test_divergence_that_is_not_finite_names_the_step():
 
 def test_memory_grows_with_weights_and_tokens():
     model = tiny()
-    needed = memory_bytes(model, 1000, 10, CONFIG)
-    assert memory_bytes(model, 2000, 10, CONFIG) - needed == 20 * 1000
-    assert memory_bytes(model, 1000, 20, CONFIG) - needed == memory_bytes(model, 0, 10, CONFIG)
-    assert memory_bytes(model, 0, 10, replace(CONFIG, distill_batch_size=4)) == 2 * memory_bytes(model, 0, 10, CONFIG)
-    assert memory_bytes(model, 1000, 10, CONFIG, recomputed=True) < 0.9 * needed
-    per_token = memory_bytes(model, 0, 10, CONFIG) / 20
+    needed = memory_bytes(model, 1000, 10, CONFIG, torch.bfloat16)
+    assert memory_bytes(model, 2000, 10, CONFIG, torch.bfloat16) - needed == 20 * 1000
+    assert memory_bytes(model, 1000, 20, CONFIG, torch.bfloat16) - needed == memory_bytes(
+        model, 0, 10, CONFIG, torch.bfloat16
+    )
+    assert memory_bytes(model, 0, 10, replace(CONFIG, distill_batch_size=4), torch.bfloat16) == 2 * memory_bytes(
+        model, 0, 10, CONFIG, torch.bfloat16
+    )
+    assert memory_bytes(model, 1000, 10, CONFIG, torch.bfloat16, recomputed=True) < 0.9 * needed
+    assert memory_bytes(model, 1000, 10, CONFIG, torch.float32) > 1.1 * needed
+    per_token = memory_bytes(model, 0, 10, CONFIG, torch.bfloat16) / 20
     assert per_token >= 3 * 4 * VOCABULARY and math.isfinite(per_token)

@@ -17,6 +17,7 @@ ALLOWED = {
     "config": "",
     "ranks": "",
     "machine": "ranks",
+    "arithmetic": "machine config",
     "binarize": "config",
     "packing": "binarize",
     "layout": "packing binarize",
@@ -29,19 +30,19 @@ ALLOWED = {
     "blocks": "ranks space",
     "discovery": "blocks budget space",
     "dense": "discovery",
-    "sensitivity": "ranks dense discovery blocks space mixed binarize budget",
-    "fit": "ranks latent blocks binarize config machine",
+    "sensitivity": "ranks arithmetic dense discovery blocks space mixed binarize budget",
+    "fit": "ranks arithmetic latent blocks binarize config",
     "methods": "fit compensation mixed latent blocks binarize machine config",  # never linear, never kernels
-    "walk": "ranks methods fit latent sensitivity allocation dense discovery blocks space budget layout packing "
-    "binarize config",
+    "walk": "ranks arithmetic methods fit latent sensitivity allocation dense discovery blocks space budget layout "
+    "packing binarize config",
     "baselines": "methods dense discovery blocks space",
     "gguf_export": "",
     "llamacpp": "gguf_export blocks discovery config",
-    "student": "fit latent config",
+    "student": "arithmetic fit latent config",
     "passes": "ranks",
     "allocator": "",
     "causal": "",
-    "distill": "ranks causal passes student fit config",
+    "distill": "ranks arithmetic causal passes student fit config",
     # running packed models
     "kernels": "packing binarize",
     "linear": "kernels layout packing binarize",
@@ -69,15 +70,16 @@ ALLOWED = {
     "handlers": "chat generation data",
     "serve": "handlers",
     "adapters": "binarize",
-    "restoration": "ranks adapters distill fit checkpoint binarize config",
+    "restoration": "ranks arithmetic adapters distill fit checkpoint binarize config",
     "first_quantization": "pipeline walk sources verify hf linear packing binarize dense folder config",
     "before_after": "ranks adapters evaluate checkpoint",
     "preprocess": "ranks first_quantization pipeline restoration adapters before_after walk records sources data hf "
     "dense discovery checkpoint folder config machine",
     "inspection": "sources hf vocabulary saving contents foreign folder discovery blocks allocation layout packing "
     "config",
-    "tuning": "ranks allocator distill student walk dense discovery blocks checkpoint machine selftext config",
-    "preflight": "methods tuning walk config",
+    "tuning": "ranks arithmetic allocator distill student walk dense discovery blocks checkpoint machine selftext "
+    "config",
+    "preflight": "arithmetic methods tuning walk config",
     "records": "ranks walk folder config",
     "blockwise": "ranks walk records checkpoint space layout config",
     "pipeline": "ranks blockwise walk tuning preflight records methods dense space checkpoint hf vocabulary "

@@ -1,6 +1,8 @@
 """The main job with mixed widths and tuning of the whole model: resuming, refusing, what the file holds."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,13 +130,23 @@ def test_progress_goes_on_through_the_distillation(run, tmp_path):
     assert all(p.loss > 0 for p in tuned)
 
 
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_model_stored_in_16_bits_is_tuned_in_either_arithmetic(run, students, llama_folder, tmp_path, compute):
+    source = tmp_path / "source"
+    shutil.copytree(llama_folder, source)
+    AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.bfloat16).save_pretrained(source)
+    done = run(tmp_path / "out", source, compute=compute, dtype="auto")["distillation"]
+    assert done["kept"] and done["held_out_last"] < done["held_out_first"]
+    assert [str(student.dtype) for student in students] == [f"torch.{compute}"]
+
+
 def test_loaded_model_is_the_student_norms_included(run, students, llama_folder, tmp_path):
     run(tmp_path / "out")
     (student,) = students
     original = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32).eval()
     tokens = torch.randint(4, VOCABULARY, (2, 14), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        weights = student.weights(torch.float32)
+        weights = replace(student, dtype=torch.float32).weights()
         expected = torch.func.functional_call(original, weights, (tokens,), {"use_cache": False}).logits
         for mode in ("packed", "dense"):
             found = ptq161.load(tmp_path / "out", mode=mode, activations="float32")(tokens, use_cache=False).logits

@@ -172,7 +172,7 @@ def numbers():
     found["moments"], found["cross"] = second_moments(task, "mlp.down_proj", {})
     hidden = first_hidden(*walk._around(model), ranks.share(SAMPLES))
     seed = torch.Generator().manual_seed(0)
-    arguments = (prepared.traced.calls, prepared.shapes, hidden, SAMPLES, seed, CPU, MEMORY)
+    arguments = (prepared.traced.calls, prepared.shapes, hidden, SAMPLES, seed, CPU, torch.bfloat16, MEMORY)
     for _, squares in measure_squares(model, *arguments):
         for name, sums in squares.items():
             found |= {f"{name} inputs": sums.inputs, f"{name} gradients": sums.gradients, f"{name} count": sums.tokens}

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptq161 import ranks
+from ptq161.arithmetic import products_in
 from ptq161.causal import fast_attention
 from ptq161.config import QuantConfig
 from ptq161.errors import NonFiniteError
@@ -73,7 +74,7 @@ class Distillation:
         tokens = self.passes.batch(self.step)
         loss, own, wanted = 0.0, ranks.share(tokens), None
         if len(own):
-            wanted = predictions(self.model, own)
+            wanted = predictions(self.model, own, self.student.dtype)
             part = divergence(self.model, self.student, own, wanted) * (len(own) / len(tokens))
             part.backward()
             loss = part.item()
@@ -114,9 +115,11 @@ def step_count(samples: int, seqlen: int, config: QuantConfig) -> int:
 
 
 @torch.no_grad()
-def predictions(model: PreTrainedModel, tokens: Int64[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
-    """The original's logits; matrix products run in bfloat16."""
-    with torch.autocast(tokens.device.type, torch.bfloat16):
+def predictions(
+    model: PreTrainedModel, tokens: Int64[Tensor, "batch seq"], dtype: torch.dtype
+) -> Float[Tensor, "batch seq vocab"]:
+    """The original's logits; matrix products run in `dtype` (`arithmetic`)."""
+    with products_in(dtype, tokens.device):
         logits: Tensor = model(tokens, use_cache=False).logits
     return logits
 
@@ -129,11 +132,9 @@ def divergence(
 ) -> Float[Tensor, ""]:
     """Mean KL(original || student) over the positions of a batch, in nats; differentiable in the student.
 
-    wanted: what the original predicts for the tokens. Matrix products run in bfloat16, distributions in float32.
+    wanted: what the original predicts for the tokens. Distributions are float32.
     """
-    with torch.autocast(tokens.device.type, torch.bfloat16):
-        actual = student.logits(model, tokens)
-    return logits_divergence(actual, wanted)
+    return logits_divergence(student.logits(model, tokens), wanted)
 
 
 def logits_divergence(
@@ -202,8 +203,10 @@ def held_out_count(samples: int) -> int:
 @torch.no_grad()
 def held_out_divergence(model: PreTrainedModel, student: Student, samples: Int64[Tensor, "samples seq"]) -> float:
     """`divergence` averaged over samples that are not learned from, of which every rank does its share."""
-    parts = (divergence(model, student, tokens, predictions(model, tokens)) for tokens in ranks.share(samples)[:, None])
-    (total,) = ranks.total(sum(part.item() for part in parts))
+    total = 0.0
+    for tokens in ranks.share(samples)[:, None]:
+        total += divergence(model, student, tokens, predictions(model, tokens, student.dtype)).item()
+    (total,) = ranks.total(total)
     return total / len(samples)
 
 

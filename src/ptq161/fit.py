@@ -15,12 +15,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ptq161 import ranks
+from ptq161.arithmetic import products_dtype, products_in
 from ptq161.binarize import ColumnGroup, QuantizedWeight, group_values, reconstruct
 from ptq161.blocks import BlockTask
-from ptq161.config import Compute, Magnitude, QuantConfig
+from ptq161.config import Magnitude, QuantConfig
 from ptq161.errors import NonFiniteError
 from ptq161.latent import LatentWeight
-from ptq161.machine import multiplies_bfloat16
 
 # Below this the negative logarithm of the cosine stops growing; its gradient is then zero and the magnitude term leads.
 SMALLEST_COSINE = 1e-4
@@ -135,7 +135,7 @@ def fit_latents(
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     device = next(iter(latents.values())).latent.device
-    dtype = torch.bfloat16 if use_bfloat16(config.compute, device) else torch.float32
+    dtype = products_dtype(config.compute, device)
 
     def schedule(step: int, steps: int, loss: float) -> None:
         share = max(LAST_RATE, 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -175,7 +175,7 @@ def _learn(
     """
     learned = [factor for tensors in factors.values() for factor in tensors]
     device = learned[0].device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(config.compute, device))
+    dtype = products_dtype(config.compute, device)
     samples = int(ranks.total(len(task.quantized_in))[0])
     steps = config.epochs * -(-samples // config.batch_size)
     step = 0
@@ -186,7 +186,7 @@ def _learn(
             for index in ranks.own(batch):
                 hidden, full_out, local_out = task.sample(index)
                 weights = weight_arguments(dense())
-                with autocast:
+                with products_in(dtype, device):
                     out = task.call(task.block, hidden, weights)
                 loss = objective(out.float(), full_out, local_out, config) / len(batch)
                 loss.backward()
@@ -241,13 +241,6 @@ def _result(learned: tuple[ColumnGroup, ...], weight: QuantizedWeight) -> Iterat
         factors = {name: getattr(group, name) for name in ("scale", "row", "col")}
         detached: dict[str, Any] = {name: None if t is None else t.detach() for name, t in factors.items()}
         yield replace(original, **detached)
-
-
-def use_bfloat16(compute: Compute, device: torch.device) -> bool:
-    """Whether matrix products of learning steps run in bfloat16."""
-    if compute is Compute.AUTO:
-        return multiplies_bfloat16(device)
-    return compute is Compute.BFLOAT16
 
 
 def _check_finite(loss: float, task: BlockTask, factors: Mapping[str, Sequence[Tensor]], epoch: int, step: int) -> None:

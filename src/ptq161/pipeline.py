@@ -210,7 +210,7 @@ def plan(
     Returns the JSON of `ptq161 quantize --dry-run --json`: what cannot be known beforehand is None.
     """
     config, calibration = settings(preset, calib, samples, seqlen, seed, overrides)
-    pick_device(device)
+    torch_device = pick_device(device)
     source, _ = _source(model, tokenizer)
     save_dtype = _save_dtype(dtype, source.dtype)
     tokens = torch.zeros(1, min(calibration.seqlen, 8), dtype=torch.int64)
@@ -228,7 +228,7 @@ def plan(
         "blocks": None,
         "distillation": None,
         "weights_in_memory": source.resident,
-        "peak_memory_bytes": preflight.memory_bytes(prepared, own, config, offloaded=offloaded),
+        "peak_memory_bytes": preflight.memory_bytes(prepared, own, config, torch_device, offloaded=offloaded),
         "disk_bytes": disk,
         "offload_bytes": preflight.offload_bytes(prepared, shape, config) if offloaded else None,
         "flops": preflight.flops(prepared, shape, config),

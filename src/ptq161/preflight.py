@@ -6,6 +6,9 @@ benchmarks/large_model.py holds the memory against what runs are seen to take.
 import math
 from collections.abc import Sequence
 
+import torch
+
+from ptq161.arithmetic import products_dtype
 from ptq161.config import Distill, QuantConfig
 from ptq161.methods.mixed import compensates
 from ptq161.tuning import needed_bytes, outside_weights
@@ -49,7 +52,9 @@ def offload_bytes(prepared: Prepared, shape: Sequence[int], config: QuantConfig)
     return max(allotting_bytes(prepared, shape, config), (5 + compensates(config)) * stream_bytes(prepared, shape))
 
 
-def memory_bytes(prepared: Prepared, shape: Sequence[int], config: QuantConfig, *, offloaded: bool) -> int:
+def memory_bytes(
+    prepared: Prepared, shape: Sequence[int], config: QuantConfig, device: torch.device, *, offloaded: bool
+) -> int:
     """Estimated peak of anonymous memory, which has to be there; pages of weight files and of offloaded streams come
     and go with what is free.
     """
@@ -59,7 +64,8 @@ def memory_bytes(prepared: Prepared, shape: Sequence[int], config: QuantConfig, 
     if asks_for_harms(config):
         stages.append(_allotting_memory(prepared, shape))
     if config.distill is not Distill.OFF:
-        stages.append(needed_bytes(model, prepared.layout.quantized_weights, shape[1], config))
+        dtype = products_dtype(config.compute, device)
+        stages.append(needed_bytes(model, prepared.layout.quantized_weights, shape[1], config, dtype))
     return PROCESS_BYTES + held + max(stages)
 
 

@@ -33,12 +33,12 @@ from transformers import (
 
 from ptq161 import ranks
 from ptq161.adapters import merged_weight, on_grid
+from ptq161.arithmetic import products_dtype, products_in
 from ptq161.binarize import QuantizedWeight
 from ptq161.checkpoint import sync_folder, write_atomically
 from ptq161.config import Loss, PreprocessConfig
 from ptq161.distill import logits_divergence
 from ptq161.errors import InputError, NonFiniteError
-from ptq161.fit import use_bfloat16
 
 COMPLETE = "complete"  # the marker
 TRAINER_STATE = "trainer_state.json"  # the Trainer's name for its own
@@ -134,7 +134,7 @@ class Restoration:
         adapted: `self.model` as the Trainer has wrapped it, to share gradients among ranks.
         """
         device = tokens.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(self.config.compute, device)):
+        with products_in(products_dtype(self.config.compute, device), device):
             logits = self._logits(tokens, adapted or self.model)
             if self.config.loss is Loss.TEXT:
                 return cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())

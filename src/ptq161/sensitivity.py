@@ -20,6 +20,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ptq161 import ranks
+from ptq161.arithmetic import products_in, widen
 from ptq161.binarize import CodeWidth, nearest_level
 from ptq161.blocks import BlockCall, float32_vectors
 from ptq161.budget import LinearShape
@@ -55,15 +56,18 @@ def shared_harms(
     widths: tuple[CodeWidth, ...],
     generator: torch.Generator,
     device: torch.device,
+    dtype: torch.dtype,
     space: Space,
     on_pass: OnPass = lambda done, total: None,
 ) -> dict[str, Float[Tensor, "cols widths"]]:
     """First linear of each shared input -> expected divergence per token from rounding its channels to each width.
 
-    hidden: what enters the first block for this rank's share of `samples`; it is overwritten. Raises NonFiniteError.
+    hidden: what enters the first block for this rank's share of `samples`; it is overwritten. dtype: of the matrix
+    products (`arithmetic`). Raises NonFiniteError.
     """
     harms: dict[str, Tensor] = {}
-    for linears, squares in measure_squares(model, calls, shapes, hidden, samples, generator, device, space, on_pass):
+    arguments = (model, calls, shapes, hidden, samples, generator, device, dtype, space, on_pass)
+    for linears, squares in measure_squares(*arguments):
         for name, linear in linears.items():
             owner = shapes[name].columns_from or name
             harm = column_harm(linear.weight.float(), squares[name], widths).cpu()
@@ -79,10 +83,11 @@ def measure_squares(
     samples: Int64[Tensor, "samples seq"],
     generator: torch.Generator,
     device: torch.device,
+    dtype: torch.dtype,
     space: Space,
     on_pass: OnPass = lambda done, total: None,
 ) -> Iterator[tuple[dict[str, nn.Linear], dict[str, Squares]]]:
-    """Every sample forward and backward through the whole model, in bfloat16; no weight takes a gradient.
+    """Every sample forward and backward through the whole model; no weight takes a gradient.
 
     Yields the linears of `names` and their squares, block by block from the last to the first of them. Arguments and
     numbers are those of `shared_harms`; the result is that of a backward pass through the whole model at once.
@@ -94,13 +99,13 @@ def measure_squares(
     for index in blocks:
         if index >= first:
             inputs[index - first] = hidden
-        with _ready(model, index, calls, device) as (_, run), torch.no_grad():
+        with _ready(model, index, calls, device, dtype) as (_, run), torch.no_grad():
             for number in range(len(hidden)):
                 hidden[number] = run(hidden[number : number + 1].to(device))[0]
         on_pass(index + 1, total)
-    gradients = _gradients_after_blocks(model, calls, hidden, samples, generator, device)
+    gradients = _gradients_after_blocks(model, calls, hidden, samples, generator, device, dtype)
     for index in reversed(blocks[first:]):
-        with _ready(model, index, calls, device) as (block, run):
+        with _ready(model, index, calls, device, dtype) as (block, run):
             every = block_linears(model.skeleton, index, block)
             linears = {f"{model.prefix}.{index}.{name}": linear for name, linear in every.items()}
             linears = {name: linear for name, linear in linears.items() if name in names}
@@ -118,11 +123,12 @@ def measure_squares(
 
 @contextmanager
 def _ready(
-    model: DenseModel, index: int, calls: Sequence[BlockCall], device: torch.device
+    model: DenseModel, index: int, calls: Sequence[BlockCall], device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-    """A block as stored on a device, and a function that runs it in bfloat16 on one sample."""
+    """A block on a device, and a function that runs it on one sample."""
     block, call = model.block(index).to(device), calls[index].to(device)
-    with float32_vectors(block), torch.autocast(device.type, torch.bfloat16):
+    widen(block, dtype)
+    with float32_vectors(block), products_in(dtype, device):
         yield block, lambda hidden: call(block, hidden)
 
 
@@ -133,6 +139,7 @@ def _gradients_after_blocks(
     samples: Int64[Tensor, "samples seq"],
     generator: torch.Generator,
     device: torch.device,
+    dtype: torch.dtype,
 ) -> Float[Tensor, "own seq hidden"]:
     """The gradients at the output of the last block, written over `hidden`, its values for this rank's samples."""
     outside = model.outside(head=True)
@@ -140,6 +147,7 @@ def _gradients_after_blocks(
     assert isinstance(blocks, nn.ModuleList)
     with without_blocks(blocks):
         outside.to(device)  # type: ignore[arg-type]
+        widen(outside, dtype)
     leaf = hidden
 
     def forward(index: int, ignored: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -148,7 +156,7 @@ def _gradients_after_blocks(
     with (
         float32_vectors(outside),
         replaced_blocks(blocks, forward),
-        torch.autocast(device.type, torch.bfloat16),
+        products_in(dtype, device),
     ):
         vocabulary = outside.config.get_text_config().vocab_size
         for index, sample in enumerate(samples):

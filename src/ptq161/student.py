@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from ptq161.arithmetic import products_in
 from ptq161.config import QuantConfig
 from ptq161.fit import weight_arguments
 from ptq161.latent import LatentWeight
@@ -24,19 +25,21 @@ from ptq161.latent import LatentWeight
 class Student:
     """What is tuned: latent weights by linear, and norm weights by parameter name, float32 leaves.
 
-    recomputed: module names of the blocks whose inner states and weights are not kept for the backward pass.
+    dtype: of the matrix products, and so of the rounded weights (`arithmetic`). recomputed: module names of the blocks
+    whose inner states and weights are not kept for the backward pass.
     """
 
     latents: dict[str, LatentWeight]
     norms: dict[str, Tensor]
+    dtype: torch.dtype
     recomputed: tuple[str, ...] = ()
 
-    def weights(self, dtype: torch.dtype, names: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    def weights(self, names: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
         """Parameter name -> tensor for `torch.func.functional_call`: exactly what a file would hold.
 
         names: which parameters are wanted.
         """
-        dense = {name: weight.dense(dtype) for name, weight in self.latents.items() if names(f"{name}.weight")}
+        dense = {name: weight.dense(self.dtype) for name, weight in self.latents.items() if names(f"{name}.weight")}
         return weight_arguments(dense) | {name: norm for name, norm in self.norms.items() if names(name)}
 
     def leaves(self) -> dict[str, Tensor]:
@@ -51,13 +54,14 @@ class Student:
         with ExitStack() as stack:
             for name in self.recomputed:
                 stack.enter_context(_recomputed(model, name, partial(self._block_weights, f"{name}.")))
-            weights = self.weights(torch.bfloat16, lambda name: not name.startswith(inside))
+            weights = self.weights(lambda name: not name.startswith(inside))
+            stack.enter_context(products_in(self.dtype, tokens.device))
             outputs = torch.func.functional_call(model, weights, (tokens,), {"use_cache": False})
         result: Tensor = outputs.logits
         return result
 
     def _block_weights(self, prefix: str) -> dict[str, Tensor]:
-        weights = self.weights(torch.bfloat16, lambda name: name.startswith(prefix))
+        weights = self.weights(lambda name: name.startswith(prefix))
         return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
 
 
@@ -95,7 +99,7 @@ def _recomputed(model: nn.Module, name: str, weights: Callable[[], dict[str, Ten
 
 
 def student_of(
-    model: PreTrainedModel, latents: Mapping[str, LatentWeight], recomputed: tuple[str, ...] = ()
+    model: PreTrainedModel, latents: Mapping[str, LatentWeight], dtype: torch.dtype, recomputed: tuple[str, ...] = ()
 ) -> Student:
     """Latents of some linears, and copies of all norm weights: the vectors that belong to no linear."""
     linears = {f"{name}." for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -104,22 +108,31 @@ def student_of(
         for name, parameter in model.named_parameters()
         if parameter.ndim == 1 and name.endswith(".weight") and name.removesuffix("weight") not in linears
     }
-    return Student(dict(latents), norms, recomputed)
+    return Student(dict(latents), norms, dtype, recomputed)
 
 
 def memory_bytes(
-    model: PreTrainedModel, weights: int, seqlen: int, config: QuantConfig, *, recomputed: bool = False
+    model: PreTrainedModel,
+    weights: int,
+    seqlen: int,
+    config: QuantConfig,
+    dtype: torch.dtype,
+    *,
+    recomputed: bool = False,
 ) -> int:
     """Estimated memory on top of the model: `weights` latents learned on samples of `seqlen` tokens.
 
-    Per weight: latent, gradient and two moments in float32, the rounded weight and its gradient in bfloat16. Per token:
-    about 24 hidden states per block kept for the backward pass, and three rows of logits. With blocks `recomputed`,
-    rounded weights and states are those of one block, and of every other block one float32 state.
+    Per weight: latent, gradient and two moments in float32, the rounded weight and its gradient in `dtype`, that of
+    the matrix products. Per token: about 24 hidden states per block in `dtype` kept for the backward pass, and three
+    rows of logits. With blocks `recomputed`, rounded weights and states are those of one block, and of every other
+    block one float32 state.
     """
     text = model.config.get_text_config()
     vocabulary, layers = text.vocab_size, text.num_hidden_layers
     at_once = 1 if recomputed else layers
     tokens = config.distill_batch_size * seqlen
-    states = text.hidden_size * (2 * 24 * at_once + 4 * (layers - at_once))
-    result: int = weights * 4 * 4 + weights * 2 * 2 * at_once // layers + tokens * (states + 3 * 4 * vocabulary)
+    states = text.hidden_size * (dtype.itemsize * 24 * at_once + 4 * (layers - at_once))
+    result: int = (
+        weights * 4 * 4 + weights * 2 * dtype.itemsize * at_once // layers + tokens * (states + 3 * 4 * vocabulary)
+    )
     return result

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ptq161 import ranks
 from ptq161.allocator import kept_memory
+from ptq161.arithmetic import products_dtype, widen
 from ptq161.blocks import float32_vectors
 from ptq161.checkpoint import WorkFolder
 from ptq161.config import CalibrationConfig, Distill, QuantConfig
@@ -108,15 +109,17 @@ def distill(
         on_progress(Progress(prepared.last, prepared.first, prepared.last, phase, step, steps, loss, seconds))
 
     model = prepared.model.whole()
+    dtype = products_dtype(config.compute, device)
     with without_blocks(decoder_blocks(model)[1]):
         model.float()
+    widen(model, dtype)
     model.to(device)  # type: ignore[arg-type]
     recomputed = _recomputed_blocks(prepared, config, text.samples, device)
     with float32_vectors(model), _kept_memory(prepared, config, text.samples, device, recomputed=bool(recomputed)):
         held_out, read, written = _divided(work, model, text, config, partial(report, "write", loss=None))
         saved = work.load_latents(prepared.layout, prepared.first, prepared.last)
         latents = {name: weight.to(device) for name, weight in saved.items()}
-        student = student_of(model, latents, recomputed)
+        student = student_of(model, latents, dtype, recomputed)
         learned = torch.cat([read, written]).to(device)
         state = work.load_distillation()
         save = work.save_distillation if ranks.first() else lambda state: None
@@ -159,19 +162,28 @@ def _written(
     return written
 
 
-def needed_bytes(model: DenseModel, weights: int, seqlen: int, config: QuantConfig, *, recomputed: bool = False) -> int:
+def needed_bytes(
+    model: DenseModel, weights: int, seqlen: int, config: QuantConfig, dtype: torch.dtype, *, recomputed: bool = False
+) -> int:
     """Estimated memory that distillation takes: the model, unless it is in memory anyway, and what is learned.
 
-    recomputed: blocks keep nothing but their inputs for the backward pass.
+    dtype: of the matrix products (`arithmetic`). recomputed: blocks keep nothing but their inputs for the backward
+    pass.
     """
-    copies = 0 if model.dtype == torch.float32 else 4 * outside_weights(model)
-    learned = memory_bytes(model.skeleton, weights, seqlen, config, recomputed=recomputed)
+    widened = outside_weights(model) + (inside_weights(model) if dtype == torch.float32 else 0)
+    copies = 0 if model.dtype == torch.float32 else 4 * widened
+    learned = memory_bytes(model.skeleton, weights, seqlen, config, dtype, recomputed=recomputed)
     return copies + (0 if model.resident else model.nbytes) + learned
 
 
 def outside_weights(model: DenseModel) -> int:
     """How many weights are in no decoder block: embedding, head and norms."""
-    return sum(p.numel() for p in model.skeleton.parameters()) - sum(p.numel() for p in model.blocks.parameters())
+    return sum(p.numel() for p in model.skeleton.parameters()) - inside_weights(model)
+
+
+def inside_weights(model: DenseModel) -> int:
+    """How many weights are in the decoder blocks."""
+    return sum(p.numel() for p in model.blocks.parameters())
 
 
 def _obstacle(prepared: Prepared, config: QuantConfig, text: Text, device: torch.device) -> Obstacle | None:
@@ -186,7 +198,8 @@ def _obstacle(prepared: Prepared, config: QuantConfig, text: Text, device: torch
             f"them; there are {count} of {seqlen} tokens, and distill_tokens={config.distill_tokens}"
         )
     weights = prepared.layout.quantized_weights
-    needed = needed_bytes(prepared.model, weights, seqlen, config, recomputed=True)
+    dtype = products_dtype(config.compute, device)
+    needed = needed_bytes(prepared.model, weights, seqlen, config, dtype, recomputed=True)
     available = free_memory_bytes(device)
     if available is None or needed <= available:
         return None
@@ -197,7 +210,8 @@ def _recomputed_blocks(
     prepared: Prepared, config: QuantConfig, samples: Tensor, device: torch.device
 ) -> tuple[str, ...]:
     """The blocks that distillation computes twice: none where memory suffices, which changes time and nothing else."""
-    needed = needed_bytes(prepared.model, prepared.layout.quantized_weights, samples.shape[1], config)
+    weights, dtype = prepared.layout.quantized_weights, products_dtype(config.compute, device)
+    needed = needed_bytes(prepared.model, weights, samples.shape[1], config, dtype)
     available = free_memory_bytes(device)
     if not any(ranks.gathered(available is not None and needed > available)):
         return ()
@@ -211,4 +225,5 @@ def _kept_memory(
     if device.type != "cpu":
         return nullcontext()
     weights, seqlen = prepared.layout.quantized_weights, samples.shape[1]
-    return kept_memory(memory_bytes(prepared.model.skeleton, weights, seqlen, config, recomputed=recomputed))
+    dtype = products_dtype(config.compute, device)
+    return kept_memory(memory_bytes(prepared.model.skeleton, weights, seqlen, config, dtype, recomputed=recomputed))

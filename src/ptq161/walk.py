@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ptq161 import ranks
 from ptq161.allocation import LAYOUTS, MIXED_WIDTHS
+from ptq161.arithmetic import products_dtype
 from ptq161.binarize import QuantizedWeight
 from ptq161.blocks import BlockTask, Streams, advance, check_stats, check_weights, watch_inputs
 from ptq161.budget import LinearShape
@@ -147,6 +148,7 @@ def allot(
             MIXED_WIDTHS,
             torch.Generator().manual_seed(config.seed),
             device,
+            products_dtype(config.compute, device),
             space,
             on_pass,
         )
