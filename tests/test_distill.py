@@ -15,6 +15,7 @@ from ptq161.config import QuantConfig
 from ptq161.discovery import decoder_blocks
 from ptq161.distill import (
     ROWS_AT_ONCE,
+    curve,
     divergence,
     held_out_count,
     held_out_divergence,
@@ -220,10 +221,24 @@ def test_record_and_progress_count_what_was_done():
     seen = []
     record, _ = run(tiny(), on_step=lambda *step: seen.append(step))
     # Eleven samples, one held out; ten in steps of two, twice.
-    assert record.keys() == {"steps", "tokens", "distinct_tokens", "held_out_first", "held_out_last", "kept"}
+    assert record.keys() == {"steps", "tokens", "distinct_tokens", "held_out_first", "held_out_last", "curve", "kept"}
     assert (record["steps"], record["tokens"], record["distinct_tokens"]) == (10, 200, 100)
     assert [(step, of) for step, of, _ in seen] == [(step, 10) for step in range(1, 11)]
     assert all(loss > 0 for _, _, loss in seen)
+    assert record["curve"] == [{"tokens": 20 * step, "divergence": loss} for step, _, loss in seen]
+
+
+@pytest.mark.parametrize(("steps", "points"), [(0, 0), (1, 1), (100, 100), (101, 51), (250, 84), (1000, 100)])
+def test_curve_has_the_mean_of_equal_stretches(steps, points):
+    losses = [float(step) for step in range(steps)]
+    found = curve(losses, 7)
+    assert len(found) == points
+    begun = 0
+    for point in found:
+        end = point["tokens"] // 7
+        assert point["divergence"] == pytest.approx(sum(losses[begun:end]) / (end - begun))
+        begun = end
+    assert begun == steps
 
 
 def test_original_is_left_as_it_was():

@@ -84,9 +84,11 @@ def test_result_and_record_say_what_was_done(finished):
     done = result["distillation"]
     assert done.keys() == {
         *("steps", "tokens", "distinct_tokens", "written_tokens", "fresh"),
-        *("held_out_first", "held_out_last", "kept", "seconds"),
+        *("held_out_first", "held_out_last", "curve", "kept", "seconds"),
     }
     assert (done["steps"], done["tokens"], done["distinct_tokens"]) == (STEPS, STEPS * 32, 16 * 16)
+    assert [point["tokens"] for point in done["curve"]] == list(range(32, 32 * STEPS + 1, 32))
+    assert done["curve"][-1]["divergence"] < done["curve"][0]["divergence"]
     assert done["written_tokens"] == 0, "a text that suffices was added to"
     assert done["kept"] and done["held_out_last"] < done["held_out_first"]
     run = json.loads((out / "run.json").read_text())

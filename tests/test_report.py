@@ -18,7 +18,14 @@ from ptq161.config import PRESETS, Magnitude
 from ptq161.methods import METHODS
 from ptq161.report import page
 from ptq161.report.explanations import EXPLANATIONS, objective_in_words
-from ptq161.report.figures import bits_figure, channels_figure, corner_figure, loss_figure, storage_figure
+from ptq161.report.figures import (
+    bits_figure,
+    channels_figure,
+    corner_figure,
+    learning_figure,
+    loss_figure,
+    storage_figure,
+)
 from ptq161.report.model_page import model_page
 from ptq161.report.palette import COLOURS, MINUS, WHOLE, WIDTHS, colour
 from ptq161.report.results import Channels, Corner, Evaluation, ModelResults, Sample
@@ -34,6 +41,7 @@ TUNED = {
     "fresh": True,
     "held_out_first": 1.5,
     "held_out_last": 1.25,
+    "curve": [{"tokens": 32_768, "divergence": 1.4}, {"tokens": 65_536, "divergence": 1.3}],
     "kept": True,
     "seconds": 2.0,
 }
@@ -227,6 +235,15 @@ def test_channels_of_the_paper_have_two_colours() -> None:
 def test_channels_that_nothing_reached_can_be_drawn() -> None:
     figure = channels_figure([Channels(0, "q_proj", "mean |x|", [0.0, 0.0], ["1bit", "4bit"])], page.NARROW_INCHES)
     assert ElementTree.fromstring(page.svg(figure, "empty")).tag.endswith("svg")
+
+
+@pytest.mark.parametrize("width", WIDTHS_IN_INCHES)
+def test_learning_is_drawn_against_tokens_beside_what_is_held_out(width: float) -> None:
+    (axes,) = learning_figure(TUNED, width).axes
+    curve, held_out = axes.lines
+    assert curve.get_xydata().tolist() == [[32.768, 1.4], [65.536, 1.3]]
+    assert held_out.get_xydata().tolist() == [[0, 1.5], [65.536, 1.25]]
+    assert axes.get_ylim()[0] == 0
 
 
 def cells(figure: Figure) -> list[tuple[str, str]]:

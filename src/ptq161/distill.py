@@ -6,8 +6,9 @@ original: the quantized one is the same modules called with other weights (`stud
 """
 
 import math
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ LAST_RATE = 0.03  # share of the learning rates at which the cosine schedule end
 MOMENTS = (0.9, 0.95)  # of AdamW: gradients of one or two samples change too fast for the usual 0.999
 ROWS_AT_ONCE = 32  # of the loss: their distributions over the vocabulary stay in the processor's cache
 
+CURVE_POINTS = 100  # at most, of the record of a run
+
 SECONDS_BETWEEN_SAVES = 300.0
 
 OnStep = Callable[[int, int, float], None]  # step, steps, divergence of the step
@@ -46,7 +49,7 @@ class Distillation:
         self.model, self.student, self.config = model, student, config
         self.steps = step_count(len(samples), samples.shape[1], config)
         self.passes = Passes(samples, config.distill_batch_size, config.distill_redraw, config.seed)
-        self.step = 0
+        self.step, self.losses = 0, list[float]()
         rates = (config.distill_lr_latent, config.distill_lr_scale)
         groups = [
             *latent_parameters(student.latents, *rates),
@@ -62,6 +65,7 @@ class Distillation:
         """
         while self.step < self.steps:
             loss = self._learn()
+            self.losses.append(loss)
             self.step += 1
             on_step(self.step, self.steps, loss)
             save()
@@ -95,12 +99,13 @@ class Distillation:
         state = {f"value {name}": leaf.detach() for name, leaf in self.student.leaves().items()}
         for name, leaf in self.student.leaves().items():
             state |= {f"{key} {name}": value for key, value in self.optimizer.state[leaf].items()}
-        return state | {"step": torch.tensor(self.step), "text": self.passes.text}
+        losses = torch.tensor(self.losses, dtype=torch.float64)
+        return state | {"step": torch.tensor(self.step), "losses": losses, "text": self.passes.text}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Continue where `state` was taken."""
-        self.step = int(state["step"])
+        self.step, self.losses = int(state["step"]), state["losses"].tolist()
         self.passes.text.copy_(state["text"])
         for name, leaf in self.student.leaves().items():
             leaf.copy_(state[f"value {name}"])
@@ -158,8 +163,8 @@ def tune(
     """Tune a student on learned samples and judge by those held out; continue from `state` where there is one.
 
     `save` is handed a state now and then, at the latest when all steps are done; a continued run gives the same result.
-    Returns the JSON record: tokens, steps, the divergence on the held-out samples before and after, and whether the
-    student is `kept`: it is not if it ended no better than it began.
+    Returns the JSON record: tokens, steps, the divergence on the held-out samples before and after, its `curve` on what
+    was read, and whether the student is `kept`: it is not if it ended no better than it began.
 
     Raises NonFiniteError naming the step.
     """
@@ -178,14 +183,27 @@ def tune(
     with fast_attention(model, learned.device):
         run.run(on_step, save_sometimes)
     last = held_out_divergence(model, student, held_out)
+    tokens = config.distill_batch_size * learned.shape[1]  # of a step
     return {
         "steps": run.steps,
-        "tokens": run.steps * config.distill_batch_size * learned.shape[1],
+        "tokens": run.steps * tokens,
         "distinct_tokens": learned.numel(),
         "held_out_first": first,
         "held_out_last": last,
+        "curve": curve(run.losses, tokens),
         "kept": last < first,
     }
+
+
+def curve(losses: Sequence[float], tokens: int) -> list[dict[str, float]]:
+    """Mean divergence over equal stretches of steps (the last may be shorter), each with the tokens read by its end.
+
+    tokens: of a step. Where every token is read once, the divergence is that on text not yet learned from.
+    """
+    stretch = -(-len(losses) // CURVE_POINTS)
+    ends = [min(first + stretch, len(losses)) for first in range(0, len(losses), max(stretch, 1))]
+    means = [statistics.fmean(losses[first:end]) for first, end in zip([0, *ends], ends, strict=False)]
+    return [{"tokens": end * tokens, "divergence": mean} for end, mean in zip(ends, means, strict=True)]
 
 
 def written_count(samples: int, seqlen: int, config: QuantConfig) -> int:

@@ -87,6 +87,25 @@ def loss_figure(blocks: Sequence[Mapping[str, Any]], width: float) -> Figure:
     return figure
 
 
+def learning_figure(record: Mapping[str, Any], width: float) -> Figure:
+    """Divergence from the original against tokens read, beside that on held-out samples before and after.
+
+    record: `distillation` of the JSON of `ptq161 quantize`.
+    """
+    with drawing(width, 2.9) as (figure, axes):
+        tokens = [point["tokens"] / 1e3 for point in record["curve"]]
+        axes.plot(tokens, [point["divergence"] for point in record["curve"]], color=colour("other"), label="as read")
+        held_out = [record["held_out_first"], record["held_out_last"]]
+        axes.plot([0, tokens[-1]], held_out, "o", color=colour("sign"), markersize=5, label="on held-out text")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("thousand tokens learned from")
+        axes.set_ylabel("divergence, nats per token")
+        axes.grid(axis="y")
+        axes.tick_params(bottom=False, left=False)
+        figure.legend(loc="outside upper left", ncols=2)
+    return figure
+
+
 def channels_figure(channels: Sequence[Channels], width: float) -> Figure:
     """Importance of every input channel, one panel per linear, coloured by code width (after Fig. 3a of the paper)."""
     height = 0.5 + (1.45 if width > 5 else 1.6) * len(channels)

@@ -10,7 +10,14 @@ from ptq161.report.explanations import (
     objective_in_words,
     widths_in_words,
 )
-from ptq161.report.figures import bits_figure, channels_figure, corner_figure, loss_figure, storage_figure
+from ptq161.report.figures import (
+    bits_figure,
+    channels_figure,
+    corner_figure,
+    learning_figure,
+    loss_figure,
+    storage_figure,
+)
 from ptq161.report.palette import WHOLE, part
 from ptq161.report.results import ModelResults
 
@@ -144,7 +151,20 @@ def _distillation(results: ModelResults) -> list[str]:
     record = results.quantize["distillation"]
     if record is None:
         return []
-    return ["<h2>The model as a whole</h2>", page.paragraph(distillation_in_words(record))]
+    said = ["<h2>The model as a whole</h2>", page.paragraph(distillation_in_words(record))]
+    if not record.get("curve"):  # it was skipped, or the record is older than the curve
+        return said
+    change = f"{record['held_out_first']:.3f} to {record['held_out_last']:.3f}"
+    return [
+        *said,
+        page.figure(
+            "learning",
+            lambda width: learning_figure(record, width),
+            f"Divergence while {record['tokens']:,} tokens were learned from; on held-out samples from {change}.",
+            "Each stretch of the line is the mean over some steps, on text as it was read; text that is read again is "
+            "easier than what is held out.",
+        ),
+    ]
 
 
 def _channels(results: ModelResults) -> list[str]:
