@@ -1,5 +1,5 @@
 """How long a step of distillation takes as it is and otherwise, turn by turn: with its memory taken anew, with eager
-attention, with its products in the other of float32 and bfloat16.
+attention, with latents rounded by torch operations, with its products in the other of float32 and bfloat16.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/distill_step.py MODEL --seqlen 512 --rounds 3
 
@@ -10,12 +10,14 @@ ternary, a tenth 4-bit. The text is random tokens. Two steps that are not counte
 import argparse
 import statistics
 import time
+import unittest.mock
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from ptq161 import latent
 from ptq161.allocator import kept_memory
 from ptq161.arithmetic import products_dtype
 from ptq161.binarize import FOUR_BIT, ONE_BIT, TERNARY, ColumnGroup, QuantizedWeight, nearest_level, stored
@@ -28,7 +30,7 @@ from ptq161.sources import open_model
 from ptq161.student import memory_bytes, student_of
 
 UNCOUNTED = 2  # steps of each turn
-VARIANTS = 4
+VARIANTS = 5
 SHARES = {ONE_BIT: 0.5, TERNARY: 0.4, FOUR_BIT: 0.1}
 
 
@@ -110,11 +112,17 @@ def main() -> None:
         run.student = replace(student, dtype=other)
         return stack
 
+    def torch_rounding() -> ExitStack:
+        stack = as_it_is()
+        stack.enter_context(unittest.mock.patch.object(latent, "has_rounding_kernel", lambda *_: False))
+        return stack
+
     other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
     variants = {
         "as it is": as_it_is,
         "memory taken anew": lambda: fast_attention(model, samples.device),
         "eager attention": eager,
+        "torch rounding": torch_rounding,
         f"products in {str(other).removeprefix('torch.')}": other_products,
     }
     counted: dict[str, list[float]] = {name: [] for name in variants}

@@ -10,6 +10,7 @@ constexpr int kWidth = 8;
 }
 
 #include "dense.h"
+#include "latents.h"
 
 namespace ptq161 {
 namespace {
@@ -103,6 +104,6 @@ bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 }  // namespace
 
 extern const Kernel kAvx2;
-const Kernel kAvx2 = {"avx2", supported, gather, multiply<dot_int8, dot_exact>, dense};
+const Kernel kAvx2 = {"avx2", supported, gather, multiply<dot_int8, dot_exact>, dense, round_rows, round_rows_backward};
 
 }  // namespace ptq161

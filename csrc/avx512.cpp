@@ -14,6 +14,7 @@ constexpr int kWidth = 16;
 }
 
 #include "dense.h"
+#include "latents.h"
 
 namespace ptq161 {
 namespace {
@@ -143,6 +144,6 @@ bool supported() {
 }  // namespace
 
 extern const Kernel kAvx512;
-const Kernel kAvx512 = {"avx512", supported, gather, multiply<dot_int8, dot_exact>, dense};
+const Kernel kAvx512 = {"avx512", supported, gather, multiply<dot_int8, dot_exact>, dense, round_rows, round_rows_backward};
 
 }  // namespace ptq161

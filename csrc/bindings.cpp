@@ -103,6 +103,35 @@ void call_dense(const std::string& name, int64_t tokens, int64_t rows, int64_t c
     dense(kernel, product, threads);
 }
 
+using LatentGroupTuple = std::tuple<int64_t, int, float, float>;
+
+template <bool backward>
+void call_rounding(const std::string& name, int64_t rows, int64_t cols, const std::vector<LatentGroupTuple>& described,
+                   int type, const Array& latent, const Array& scale, const Array& columns, const Array& dense,
+                   const Array& to_latent, const Array& to_scale, int threads) {
+    if (rows < 1 || rows > kMostRows || cols < 1 || cols > kMostRows) throw std::invalid_argument("rows or cols out of range");
+    if (threads < 1) throw std::invalid_argument("expected at least one thread");
+    Latents latents{};
+    latents.rows = rows, latents.cols = cols, latents.type = type_of(type);
+    if (latents.type == Type::kFloat16) throw std::invalid_argument("expected float32 or bfloat16");
+    for (const auto& [group_cols, count, lowest, step] : described) {
+        latents.groups.push_back({group_cols, count, lowest, step});
+    }
+    const auto scales = rows * int64_t(described.size());
+    latents.latent = checked<float>("latent", latent, rows * cols);
+    latents.scale = checked<float>("scale", scale, scales);
+    latents.columns = checked<int64_t>("columns", columns, cols);
+    latents.dense = checked<uint16_t>("dense", dense, rows * cols);
+    if (uintptr_t(latents.dense) % item_size(latents.type) != 0) {
+        throw std::invalid_argument("dense is not aligned to its elements");
+    }
+    latents.to_latent = checked<float>("to_latent", to_latent, backward ? rows * cols : 0, !backward);
+    latents.to_scale = checked<float>("to_scale", to_scale, backward ? scales : 0, !backward);
+    const Kernel& kernel = kernel_named(name);
+    nb::gil_scoped_release released;
+    round_latents(kernel, latents, backward, threads);
+}
+
 // Codes of a group into tiles or back, once the sizes are known to fit.
 template <bool to_tiles>
 void move_codes(const Layout& layout, int64_t group, int levels, const Array& stored, const Array& tiles, int threads) {
@@ -136,6 +165,8 @@ NB_MODULE(_native, module) {
     });
     module.def("linear", &call);
     module.def("dense", &call_dense);
+    module.def("round_latents", &call_rounding<false>);
+    module.def("round_latents_backward", &call_rounding<true>);
     module.def("codes_to_tiles", &move_codes<true>);
     module.def("codes_from_tiles", &move_codes<false>);
     module.def("read_memory", [](const Array& array, int threads) {

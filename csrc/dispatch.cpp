@@ -142,6 +142,30 @@ void dense(const Kernel& kernel, const DenseProduct& p, int threads) {
     }
 }
 
+void round_latents(const Kernel& kernel, const Latents& p, bool backward, int threads) {
+    int64_t cols = 0;
+    for (const LatentGroup& group : p.groups) {
+        require(group.cols >= 1 && group.cols <= p.cols && group.count >= 2, "a group of latents is out of range");
+        require(group.step == 1 || group.step == 2, "expected levels that are 1 or 2 apart");
+        cols += group.cols;
+    }
+    require(cols == p.cols && p.cols <= kMost && p.rows <= kMost, "the groups do not make up the columns");
+    std::vector<bool> taken(size_t(p.cols));
+    for (int64_t c = 0; c < p.cols; ++c) {
+        const int64_t place = p.columns[c];
+        require(place >= 0 && place < p.cols && !taken[size_t(place)], "the columns are no permutation");
+        taken[size_t(place)] = true;
+    }
+    const int64_t bytes = p.rows * p.cols * 4;
+    const int64_t workers = std::max<int64_t>(1, std::min<int64_t>({threads, p.rows, bytes / kBytesPerThread}));
+    const int64_t parts = workers == 1 ? 1 : workers * 4, rows = ceil_div(p.rows, parts);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(int(workers)) if (workers > 1)
+    for (int64_t part = 0; part < parts; ++part) {
+        const int64_t first = std::min(part * rows, p.rows), last = std::min(first + rows, p.rows);
+        if (first < last) (backward ? kernel.round_backward : kernel.round)(p, first, last);
+    }
+}
+
 uint64_t read_memory(const uint64_t* words, int64_t count, int threads) {
     constexpr int64_t kLine = 8;  // words of a cache line
     uint64_t sum = 0;

@@ -95,6 +95,26 @@ struct DenseProduct {
     int64_t tokens, rows, cols;
 };
 
+// Latent weights on their way to a dense weight, or its gradient on its way back (latents.h). `dense` is written forward
+// and read backward, when it holds the gradient; to_latent and to_scale are written backward.
+struct LatentGroup {
+    int64_t cols;
+    int count;  // levels: lowest, lowest + step, ...
+    float lowest, step;
+};
+
+struct Latents {
+    int64_t rows, cols;
+    std::vector<LatentGroup> groups;
+    const float* latent;     // [rows][cols] in the order of the groups
+    const float* scale;      // [rows][groups]
+    const int64_t* columns;  // [cols] natural place of each column
+    void* dense;             // [rows][cols] of `type`, float32 or bfloat16
+    Type type;
+    float* to_latent;  // [rows][cols]
+    float* to_scale;   // [rows][groups]
+};
+
 struct Kernel {
     const char* name;
     bool (*supported)();  // by the processor that runs this
@@ -106,6 +126,9 @@ struct Kernel {
     void (*multiply)(const Product&, const Activations& in, int64_t first_token, int64_t first_tile, int64_t last_tile);
     // Writes y for the rows [first_row, last_row). Made for few tokens: every four of them read the weight once.
     void (*dense)(const DenseProduct&, int64_t first_row, int64_t last_row);
+    // The rows [first_row, last_row) of latents forward and backward.
+    void (*round)(const Latents&, int64_t first_row, int64_t last_row);
+    void (*round_backward)(const Latents&, int64_t first_row, int64_t last_row);
 };
 
 // The kernels that run here, fastest first; the last is always the scalar one.
@@ -114,6 +137,8 @@ const std::vector<const Kernel*>& available_kernels();
 // Computes the product with up to `threads` threads. Throws std::invalid_argument if `order` is not sound.
 void linear(const Kernel& kernel, const Product& product, int threads);
 void dense(const Kernel& kernel, const DenseProduct& product, int threads);
+// Throws std::invalid_argument if groups and columns are not sound.
+void round_latents(const Kernel& kernel, const Latents& latents, bool backward, int threads);
 
 // Stored bytes of a row of codes of a group, at `levels` levels (docs/format.md). Throws std::invalid_argument.
 int64_t stored_row_bytes(const Layout& layout, int64_t group, int levels);

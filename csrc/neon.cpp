@@ -13,6 +13,7 @@ constexpr int kWidth = 4;
 }
 
 #include "dense.h"
+#include "latents.h"
 
 namespace ptq161 {
 namespace {
@@ -99,6 +100,6 @@ bool supported() {
 }  // namespace
 
 extern const Kernel kNeon;
-const Kernel kNeon = {"neon", supported, gather, multiply<dot_int8, dot_exact>, dense};
+const Kernel kNeon = {"neon", supported, gather, multiply<dot_int8, dot_exact>, dense, round_rows, round_rows_backward};
 
 }  // namespace ptq161

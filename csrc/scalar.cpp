@@ -1,5 +1,7 @@
 // The specification: every product as a plain loop over columns and rows, on any processor.
 
+#include <cmath>
+
 #include "shared.h"
 
 namespace ptq161 {
@@ -56,11 +58,58 @@ void dense(const DenseProduct& p, int64_t first_row, int64_t last_row) {
     }
 }
 
+float nearest(float ratio, const LatentGroup& group) {
+    if (group.count == 2) return std::copysign(1.0f, ratio + 0.0f);
+    float digit = std::nearbyint((ratio - group.lowest) / group.step);
+    digit = digit < 0 ? 0 : digit;
+    digit = digit > float(group.count - 1) ? float(group.count - 1) : digit;
+    return digit * group.step + group.lowest;
+}
+
+// work(column, group, its scale) for every column of a row, in the order of the groups.
+template <class Work>
+void over_latents(const Latents& p, int64_t row, const Work& work) {
+    int64_t column = 0;
+    for (size_t g = 0; g < p.groups.size(); ++g) {
+        const int64_t end = column + p.groups[g].cols;
+        for (; column < end; ++column) work(column, g, p.scale[size_t(row) * p.groups.size() + g]);
+    }
+}
+
+void round_rows(const Latents& p, int64_t first_row, int64_t last_row) {
+    for (int64_t row = first_row; row < last_row; ++row) {
+        over_latents(p, row, [&](int64_t column, size_t g, float scale) {
+            const float value = nearest(p.latent[row * p.cols + column] / scale, p.groups[g]) * scale;
+            write_floats(&value, p.type, row * p.cols + p.columns[column], 1, p.dense);
+        });
+    }
+}
+
+void round_rows_backward(const Latents& p, int64_t first_row, int64_t last_row) {
+    std::vector<double> sums(p.groups.size());
+    for (int64_t row = first_row; row < last_row; ++row) {
+        std::fill(sums.begin(), sums.end(), 0.0);
+        over_latents(p, row, [&](int64_t column, size_t g, float scale) {
+            const LatentGroup& group = p.groups[g];
+            const float ratio = p.latent[row * p.cols + column] / scale, edge = -group.lowest + group.step / 2;
+            float gradient;
+            read_floats(p.dense, p.type, row * p.cols + p.columns[column], 1, &gradient);
+            sums[g] += double(gradient) * double(nearest(ratio, group));
+            if (group.count > 2) {
+                if (ratio <= -edge || ratio >= edge) gradient = 0;
+                sums[g] -= double(gradient) * double(ratio);
+            }
+            p.to_latent[row * p.cols + column] = gradient;
+        });
+        for (size_t g = 0; g < sums.size(); ++g) p.to_scale[size_t(row) * sums.size() + g] = float(sums[g]);
+    }
+}
+
 bool always() { return true; }
 
 }  // namespace
 
 extern const Kernel kScalar;
-const Kernel kScalar = {"scalar", always, gather, multiply<dot_int8, dot_exact>, dense};
+const Kernel kScalar = {"scalar", always, gather, multiply<dot_int8, dot_exact>, dense, round_rows, round_rows_backward};
 
 }  // namespace ptq161

@@ -158,6 +158,48 @@ double dense_error(const Kernel& kernel, Type type, int64_t rows, int64_t cols, 
     return worst;
 }
 
+// Latents forward and backward by one kernel, in buffers without room to spare: what the scalar one gives, sums aside.
+bool rounds_like_scalar(const Kernel& kernel, Type type, int64_t rows, int64_t cols, int threads, std::mt19937& random) {
+    const size_t size = type == Type::kFloat32 ? 4 : 2, count = size_t(rows * cols);
+    Latents p{};
+    p.rows = rows, p.cols = cols, p.type = type;
+    const LatentGroup widths[] = {{cols, 2, -1, 2}, {cols, 3, -1, 1}, {cols, 16, -15, 2}};
+    for (int64_t left = cols; left > 0 && p.groups.size() < 3; left -= p.groups.back().cols) {
+        p.groups.push_back(widths[p.groups.size()]);
+        p.groups.back().cols = p.groups.size() == 3 ? left : (left + 1) / 2;
+    }
+    std::normal_distribution<float> normal;
+    std::vector<float> latent(count), scale(size_t(rows) * p.groups.size());
+    std::vector<int64_t> columns;
+    for (float& value : latent) value = normal(random);
+    for (float& value : scale) value = 0.1f + std::abs(normal(random));
+    for (int64_t c = 0; c < cols; ++c) columns.push_back(c);
+    std::shuffle(columns.begin(), columns.end(), random);
+    std::vector<uint8_t> gradient(count * size);
+    for (size_t i = 0; i < count; ++i) {
+        const float value = float(int(random() % 17) - 8);
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        std::memcpy(&gradient[i * size], reinterpret_cast<uint8_t*>(&bits) + 4 - size, size);
+    }
+    p.latent = latent.data(), p.scale = scale.data(), p.columns = columns.data();
+    std::vector<uint8_t> dense[2];
+    std::vector<float> to_latent[2], to_scale[2];
+    for (int turn = 0; turn < 2; ++turn) {
+        const Kernel& own = turn == 0 ? *available_kernels().back() : kernel;
+        dense[turn].resize(count * size), to_latent[turn].resize(count), to_scale[turn].resize(scale.size());
+        p.dense = dense[turn].data(), p.to_latent = to_latent[turn].data(), p.to_scale = to_scale[turn].data();
+        round_latents(own, p, false, threads);
+        p.dense = gradient.data();
+        round_latents(own, p, true, threads);
+    }
+    bool close = dense[0] == dense[1] && to_latent[0] == to_latent[1];
+    for (size_t i = 0; i < scale.size(); ++i) {
+        close &= std::abs(to_scale[0][i] - to_scale[1][i]) <= 1e-3 * (1 + std::abs(to_scale[0][i]));
+    }
+    return close;
+}
+
 }  // namespace
 
 int main() {
@@ -199,6 +241,15 @@ int main() {
                     check(whole == 0, "a dense float32 weight of integers is multiplied exactly");
                     check(half <= 1.0 / 256, "a dense bfloat16 weight is multiplied as well as bfloat16 holds it");
                 }
+            }
+        }
+    }
+    for (const Kernel* kernel : available_kernels()) {
+        for (const int64_t rows : {1, 33, 200}) {
+            for (const int64_t cols : {1, 2, 7, 16, 64, 97, 577}) {
+                const int threads = 1 + int(rows % 3);
+                check(rounds_like_scalar(*kernel, Type::kFloat32, rows, cols, threads, random), "latents to float32");
+                check(rounds_like_scalar(*kernel, Type::kBFloat16, rows, cols, threads, random), "latents to bfloat16");
             }
         }
     }

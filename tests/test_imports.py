@@ -22,7 +22,7 @@ ALLOWED = {
     "packing": "binarize",
     "layout": "packing binarize",
     "budget": "layout packing binarize config",
-    "latent": "binarize",
+    "latent": "kernels binarize",
     "mixed": "latent binarize",
     "compensation": "mixed latent binarize",
     "allocation": "budget layout packing binarize config",

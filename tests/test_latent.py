@@ -5,12 +5,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ptq161 import latent
 from ptq161.binarize import FOUR_BIT, ONE_BIT, TERNARY, ColumnGroup, QuantizedWeight, nearest_level, reconstruct, stored
+from ptq161.kernels import cpu_kernels
 from ptq161.latent import SMALLEST_SCALE, LatentWeight
 
 CPU = torch.device("cpu")
 WIDTHS = (ONE_BIT, TERNARY, FOUR_BIT)
 STEPS = {ONE_BIT: 0.8, TERNARY: 1.2, FOUR_BIT: 0.17}  # a scale that suits a normal variable
+
+
+@pytest.fixture(autouse=True, scope="module", params=["kernel", "torch"])
+def arithmetic(request):
+    """Every test runs on the kernel, where it is built, and on torch operations."""
+    if request.param == "kernel":
+        if not cpu_kernels():
+            pytest.skip("the native extension is not built")
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latent, "has_rounding_kernel", lambda *_: False)
+        yield
 
 
 def start(rows, sizes, seed=0, widths=WIDTHS):

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ptq161.binarize import CodeWidth, ColumnGroup, QuantizedWeight, nearest_level, stored
+from ptq161.kernels.rounding import has_rounding_kernel, rounded, rounding_gradients
 
 SMALLEST_SCALE = 2.0**-24  # of float16: a scale that learning drives to zero or below stops there
 
@@ -49,6 +50,11 @@ class LatentWeight:
             base=base,
             gain=torch.ones_like(base).requires_grad_(),
         )
+
+    @property
+    def groups(self) -> list[tuple[CodeWidth, int]]:
+        """Width and number of channels of each group."""
+        return list(zip(self.widths, self.sizes, strict=True))
 
     @cached_property
     def positions(self) -> Int64[Tensor, "rows cols"]:
@@ -84,7 +90,8 @@ class _Rounded(torch.autograd.Function):
     """Round to levels forward, straight through backward.
 
     Everything stays floating point: masks and `torch.where` are many times slower than arithmetic on a CPU. Levels are
-    computed again in the backward pass, which is cheaper than the memory to keep them.
+    computed again in the backward pass, which is cheaper than the memory to keep them. Where there is a kernel it gives
+    the same (docs/decisions/0026); what stands here is what it is held against.
     """
 
     @staticmethod
@@ -98,6 +105,8 @@ class _Rounded(torch.autograd.Function):
         scale = _stored_scales(scale)
         ctx.weight = weight
         ctx.save_for_backward(latent, scale)
+        if has_rounding_kernel(latent, dtype):
+            return rounded(latent, scale, weight.columns, weight.groups, dtype)
         parts = _groups(latent, scale, weight)
         values = torch.cat([nearest_level(part / s, width).mul_(s) for part, s, width in parts], dim=1)
         return values.gather(1, weight.positions).to(dtype)
@@ -106,6 +115,8 @@ class _Rounded(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         weight = ctx.weight
         latent, scale = ctx.saved_tensors
+        if has_rounding_kernel(latent, grad.dtype):
+            return *rounding_gradients(grad, latent, scale, weight.columns, weight.groups), None, None
         grad = grad.float().gather(1, weight.columns.expand(grad.shape))
         to_latent, to_scale = [], []
         grads = grad.split(weight.sizes, dim=1)

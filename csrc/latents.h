@@ -1,0 +1,123 @@
+// Rounding of latent weights and the gradient back through it, for vector units (src/ptq161/latent.py has the formulas).
+//
+// A row is one pass over memory: latents come in the order of the groups, so that all of a group share a scale, and are
+// rounded a register at a time into a buffer that stays in the first-level cache; from there they go to their natural
+// places. Backward the same way round. torch needs a pass over memory for every operation, some twenty of them.
+//
+// Levels are computed by the operations of torch's reference, in its order: the same bits come out. Only the sums over
+// a row, which are the scales' gradients, are added in another order. NaN stays NaN.
+// kWidth, the floats of a vector register, is defined by the including file.
+#pragma once
+
+#include "exact.h"
+
+namespace ptq161 {
+namespace {
+
+inline Floats all(float value) { return value - Floats{}; }
+
+inline Floats chosen(Ints mask, Floats yes, Floats no) { return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no)); }
+
+// Levels of kSigns or of lowest + step * d, d below count. Adding and taking off 3 * 2^22 rounds what is small to the
+// nearest even integer, and digits are small once they are kept within their range; a comparison with NaN is false.
+template <bool kSigns>
+inline Floats nearest(Floats ratio, const LatentGroup& group) {
+    if (kSigns) return (Floats)(((Ints)(ratio + all(0.0f)) & INT32_MIN) | (Ints)all(1.0f));
+    const Floats lowest = all(group.lowest), step = all(group.step), most = all(float(group.count - 1));
+    Floats digit = (ratio - lowest) * all(1 / group.step);  // exact: steps are powers of two
+    digit = chosen(digit < Floats{}, Floats{}, digit);
+    digit = chosen(digit > most, most, digit);
+    const Floats big = all(12582912.0f);
+    digit = (digit + big) - big;
+    return digit * step + lowest;
+}
+
+// work(column, bytes) for every register of a group's columns; the last may be partly filled.
+template <class Work>
+inline void over_columns(int64_t cols, const Work& work) {
+    int64_t column = 0;
+    for (; column + kWidth <= cols; column += kWidth) work(column, std::integral_constant<size_t, 4 * kWidth>());
+    if (column < cols) work(column, 4 * size_t(cols - column));
+}
+
+template <bool kSigns>
+inline void round_group(const LatentGroup& group, const float* latent, float scale, float* values) {
+    const Floats scales = all(scale);
+    over_columns(group.cols, [&](int64_t column, auto bytes) {
+        Floats part = scales;
+        std::memcpy(&part, latent + column, bytes);
+        const Floats rounded = nearest<kSigns>(part / scales, group) * scales;
+        std::memcpy(values + column, &rounded, bytes);
+    });
+}
+
+void round_rows(const Latents& p, int64_t first_row, int64_t last_row) {
+    const std::unique_ptr<float[]> values(new float[size_t(p.cols)]);
+    const std::unique_ptr<uint16_t[]> halves(new uint16_t[size_t(p.cols)]);
+    for (int64_t row = first_row; row < last_row; ++row) {
+        const float* latent = p.latent + row * p.cols;
+        const float* scale = p.scale + row * int64_t(p.groups.size());
+        float* place = values.get();
+        for (const LatentGroup& group : p.groups) {
+            group.count == 2 ? round_group<true>(group, latent, *scale, place)
+                             : round_group<false>(group, latent, *scale, place);
+            latent += group.cols, place += group.cols, ++scale;
+        }
+        if (p.type == Type::kFloat32) {
+            float* dense = static_cast<float*>(p.dense) + row * p.cols;
+            for (int64_t c = 0; c < p.cols; ++c) dense[p.columns[c]] = values[size_t(c)];
+        } else {
+            write_floats(values.get(), p.type, 0, p.cols, halves.get());
+            uint16_t* dense = static_cast<uint16_t*>(p.dense) + row * p.cols;
+            for (int64_t c = 0; c < p.cols; ++c) dense[p.columns[c]] = halves[size_t(c)];
+        }
+    }
+}
+
+// Gradients at the latents, and the one at the group's scale, from those at the rounded weights of one row.
+template <bool kSigns>
+inline float group_gradients(const LatentGroup& group, const float* latent, float scale, const float* gradient,
+                             float* to_latent) {
+    const Floats scales = all(scale);
+    // Beyond the outermost cell, half a step further than its level, moving a latent changes nothing.
+    const Floats edge = all(-group.lowest + group.step / 2);
+    Floats sum = {};
+    over_columns(group.cols, [&](int64_t column, auto bytes) {
+        Floats part = scales, arriving = {};
+        std::memcpy(&part, latent + column, bytes);
+        std::memcpy(&arriving, gradient + column, bytes);
+        const Floats ratio = part / scales;
+        sum += arriving * nearest<kSigns>(ratio, group);
+        if (!kSigns) {
+            arriving = chosen((ratio <= -edge) | (ratio >= edge), Floats{}, arriving);
+            sum -= arriving * ratio;
+        }
+        std::memcpy(to_latent + column, &arriving, bytes);
+    });
+    float lanes[kWidth];
+    std::memcpy(lanes, &sum, sizeof lanes);
+    for (int width = kWidth / 2; width > 0; width /= 2) {
+        for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+    }
+    return lanes[0];
+}
+
+void round_rows_backward(const Latents& p, int64_t first_row, int64_t last_row) {
+    const std::unique_ptr<float[]> natural(new float[size_t(p.cols)]), grouped(new float[size_t(p.cols)]);
+    for (int64_t row = first_row; row < last_row; ++row) {
+        const int64_t start = row * p.cols, groups = int64_t(p.groups.size());
+        read_floats(p.dense, p.type, start, p.cols, natural.get());
+        for (int64_t c = 0; c < p.cols; ++c) grouped[size_t(c)] = natural[size_t(p.columns[c])];
+        int64_t first = 0;
+        for (int64_t g = 0; g < groups; ++g) {
+            const LatentGroup& group = p.groups[size_t(g)];
+            const auto gradients = group.count == 2 ? group_gradients<true> : group_gradients<false>;
+            p.to_scale[row * groups + g] = gradients(group, p.latent + start + first, p.scale[row * groups + g],
+                                                     grouped.get() + first, p.to_latent + start + first);
+            first += group.cols;
+        }
+    }
+}
+
+}  // namespace
+}  // namespace ptq161
