@@ -40,38 +40,47 @@ inline void over_columns(int64_t cols, const Work& work) {
     if (column < cols) work(column, 4 * size_t(cols - column));
 }
 
-template <bool kSigns>
-inline void round_group(const LatentGroup& group, const float* latent, float scale, float* values) {
+// The bits that a value is stored as, in 32-bit lanes: those of a float, or of a bfloat16 as float_to_bfloat16 has them.
+template <class Bits>
+inline Words stored_bits(Floats values) {
+    const Words bits = (Words)values;
+    if (sizeof(Bits) == 4) return bits;
+    const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Ints is_nan = (Ints)((bits & 0x7fffffffu) > 0x7f800000u);
+    return (Words)chosen(is_nan, (Floats)((bits >> 16) | 0x40u), (Floats)rounded);
+}
+
+template <bool kSigns, class Bits>
+inline void round_group(const LatentGroup& group, const float* latent, float scale, uint32_t* out) {
     const Floats scales = all(scale);
     over_columns(group.cols, [&](int64_t column, auto bytes) {
         Floats part = scales;
         std::memcpy(&part, latent + column, bytes);
-        const Floats rounded = nearest<kSigns>(part / scales, group) * scales;
-        std::memcpy(values + column, &rounded, bytes);
+        const Words words = stored_bits<Bits>(nearest<kSigns>(part / scales, group) * scales);
+        std::memcpy(out + column, &words, bytes);
     });
 }
 
-void round_rows(const Latents& p, int64_t first_row, int64_t last_row) {
-    const std::unique_ptr<float[]> values(new float[size_t(p.cols)]);
-    const std::unique_ptr<uint16_t[]> halves(new uint16_t[size_t(p.cols)]);
+template <class Bits>
+void round_rows_to(const Latents& p, int64_t first_row, int64_t last_row) {
+    const std::unique_ptr<uint32_t[]> grouped(new uint32_t[size_t(p.cols)]);
     for (int64_t row = first_row; row < last_row; ++row) {
         const float* latent = p.latent + row * p.cols;
         const float* scale = p.scale + row * int64_t(p.groups.size());
-        float* place = values.get();
+        uint32_t* place = grouped.get();
         for (const LatentGroup& group : p.groups) {
-            group.count == 2 ? round_group<true>(group, latent, *scale, place)
-                             : round_group<false>(group, latent, *scale, place);
+            group.count == 2 ? round_group<true, Bits>(group, latent, *scale, place)
+                             : round_group<false, Bits>(group, latent, *scale, place);
             latent += group.cols, place += group.cols, ++scale;
         }
-        if (p.type == Type::kFloat32) {
-            float* dense = static_cast<float*>(p.dense) + row * p.cols;
-            for (int64_t c = 0; c < p.cols; ++c) dense[p.columns[c]] = values[size_t(c)];
-        } else {
-            write_floats(values.get(), p.type, 0, p.cols, halves.get());
-            uint16_t* dense = static_cast<uint16_t*>(p.dense) + row * p.cols;
-            for (int64_t c = 0; c < p.cols; ++c) dense[p.columns[c]] = halves[size_t(c)];
-        }
+        Bits* dense = static_cast<Bits*>(p.dense) + row * p.cols;
+        for (int64_t c = 0; c < p.cols; ++c) dense[p.columns[c]] = Bits(grouped[size_t(c)]);
     }
+}
+
+void round_rows(const Latents& p, int64_t first_row, int64_t last_row) {
+    p.type == Type::kFloat32 ? round_rows_to<uint32_t>(p, first_row, last_row)
+                             : round_rows_to<uint16_t>(p, first_row, last_row);
 }
 
 // Gradients at the latents, and the one at the group's scale, from those at the rounded weights of one row.

@@ -1,6 +1,6 @@
 """How far a baseline's perplexity hangs on rounding: the same run again, the embedding changed in its last bits.
 
-    .venv/bin/python benchmarks/rounding.py MODEL --calib TEXT[0%:90%] --ppl TEXT --methods billm,gptq-w3g128 \
+    .venv/bin/python benchmarks/spread.py MODEL --calib TEXT[0%:90%] --ppl TEXT --methods billm,gptq-w3g128 \
         --out results.jsonl
 
 Draw 0 is the model as it is; in the others each weight of the embedding is multiplied by 1 + NOISE * a normal number,
