@@ -1,5 +1,5 @@
 """How long a step of distillation takes as it is and otherwise, turn by turn: with its memory taken anew, with eager
-attention, with latents rounded by torch operations, with its products in the other of float32 and bfloat16.
+attention, with latents rounded by torch operations; with --other-products, in the other of float32 and bfloat16.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/distill_step.py MODEL --seqlen 512 --rounds 3
 
@@ -30,7 +30,7 @@ from ptq161.sources import open_model
 from ptq161.student import memory_bytes, student_of
 
 UNCOUNTED = 2  # steps of each turn
-VARIANTS = 5
+VARIANTS = 5  # at most
 SHARES = {ONE_BIT: 0.5, TERNARY: 0.4, FOUR_BIT: 0.1}
 
 
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=QuantConfig().distill_batch_size)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--other-products", action="store_true", help="minutes a step where bfloat16 is emulated")
     parser.add_argument("--steps", type=int, default=3, help="counted steps of each round")
     arguments = parser.parse_args()
 
@@ -123,8 +124,9 @@ def main() -> None:
         "memory taken anew": lambda: fast_attention(model, samples.device),
         "eager attention": eager,
         "torch rounding": torch_rounding,
-        f"products in {str(other).removeprefix('torch.')}": other_products,
     }
+    if arguments.other_products:
+        variants[f"products in {str(other).removeprefix('torch.')}"] = other_products
     counted: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(arguments.rounds):
         for name, variant in variants.items():

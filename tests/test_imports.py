@@ -79,7 +79,7 @@ ALLOWED = {
     "config",
     "tuning": "ranks arithmetic allocator distill student walk dense discovery blocks checkpoint machine selftext "
     "config",
-    "preflight": "arithmetic methods tuning walk config",
+    "preflight": "methods tuning walk config",
     "records": "ranks walk folder config",
     "blockwise": "ranks walk records checkpoint space layout config",
     "pipeline": "ranks blockwise walk tuning preflight records methods dense space checkpoint hf vocabulary "

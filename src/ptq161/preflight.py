@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 
-from ptq161.arithmetic import products_dtype
 from ptq161.config import Distill, QuantConfig
 from ptq161.methods.mixed import compensates
 from ptq161.tuning import needed_bytes, outside_weights
@@ -64,8 +63,7 @@ def memory_bytes(
     if asks_for_harms(config):
         stages.append(_allotting_memory(prepared, shape))
     if config.distill is not Distill.OFF:
-        dtype = products_dtype(config.compute, device)
-        stages.append(needed_bytes(model, prepared.layout.quantized_weights, shape[1], config, dtype))
+        stages.append(needed_bytes(model, prepared.layout.quantized_weights, shape[1], config, device))
     return PROCESS_BYTES + held + max(stages)
 
 

@@ -163,13 +163,13 @@ def _written(
 
 
 def needed_bytes(
-    model: DenseModel, weights: int, seqlen: int, config: QuantConfig, dtype: torch.dtype, *, recomputed: bool = False
+    model: DenseModel, weights: int, seqlen: int, config: QuantConfig, device: torch.device, *, recomputed: bool = False
 ) -> int:
     """Estimated memory that distillation takes: the model, unless it is in memory anyway, and what is learned.
 
-    dtype: of the matrix products (`arithmetic`). recomputed: blocks keep nothing but their inputs for the backward
-    pass.
+    recomputed: blocks keep nothing but their inputs for the backward pass.
     """
+    dtype = products_dtype(config.compute, device)
     widened = outside_weights(model) + (inside_weights(model) if dtype == torch.float32 else 0)
     copies = 0 if model.dtype == torch.float32 else 4 * widened
     learned = memory_bytes(model.skeleton, weights, seqlen, config, dtype, recomputed=recomputed)
@@ -198,8 +198,7 @@ def _obstacle(prepared: Prepared, config: QuantConfig, text: Text, device: torch
             f"them; there are {count} of {seqlen} tokens, and distill_tokens={config.distill_tokens}"
         )
     weights = prepared.layout.quantized_weights
-    dtype = products_dtype(config.compute, device)
-    needed = needed_bytes(prepared.model, weights, seqlen, config, dtype, recomputed=True)
+    needed = needed_bytes(prepared.model, weights, seqlen, config, device, recomputed=True)
     available = free_memory_bytes(device)
     if available is None or needed <= available:
         return None
@@ -210,8 +209,7 @@ def _recomputed_blocks(
     prepared: Prepared, config: QuantConfig, samples: Tensor, device: torch.device
 ) -> tuple[str, ...]:
     """The blocks that distillation computes twice: none where memory suffices, which changes time and nothing else."""
-    weights, dtype = prepared.layout.quantized_weights, products_dtype(config.compute, device)
-    needed = needed_bytes(prepared.model, weights, samples.shape[1], config, dtype)
+    needed = needed_bytes(prepared.model, prepared.layout.quantized_weights, samples.shape[1], config, device)
     available = free_memory_bytes(device)
     if not any(ranks.gathered(available is not None and needed > available)):
         return ()
