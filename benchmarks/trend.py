@@ -12,11 +12,17 @@ import argparse
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 
-Run = tuple[int, float, float]  # tokens of distillation, minutes of the whole run, perplexity
+
+class Run(NamedTuple):
+    """One point: tokens of distillation, minutes of the whole run, perplexity."""
+
+    tokens: int
+    minutes: float
+    perplexity: float
 
 
 def main() -> None:
@@ -43,15 +49,14 @@ def main() -> None:
 def run(row: dict[str, Any], text: str) -> Run:
     """What is drawn of a row."""
     tokens = (row["distillation"] or {"tokens": 0})["tokens"]
-    return tokens, row["seconds"] / 60, row["perplexity"][text]["ppl"]
+    return Run(tokens, row["seconds"] / 60, row["perplexity"][text]["ppl"])
 
 
 def trend(runs: list[Run], full_precision: float) -> tuple[float, float]:
     """Factor and power by which the excess follows the tokens."""
-    distilled = [(tokens, perplexity) for tokens, _, perplexity in runs if tokens]
-    tokens = numpy.log([tokens for tokens, _ in distilled])
-    excess = numpy.log([math.log(perplexity / full_precision) for _, perplexity in distilled])
-    power, level = numpy.polyfit(tokens, excess, 1)
+    distilled = [run for run in runs if run.tokens]
+    excess = [math.log(run.perplexity / full_precision) for run in distilled]
+    power, level = numpy.polyfit(numpy.log([run.tokens for run in distilled]), numpy.log(excess), 1)
     return math.exp(level), float(power)
 
 
@@ -64,17 +69,17 @@ def draw(
 
     from ptq161.report.palette import STYLE, colour
 
-    perplexities = [perplexity for *_, perplexity in runs]
+    perplexities = [run.perplexity for run in runs]
     with rc_context(STYLE):
         figure = Figure(figsize=(7.6, 3.2), layout="constrained")
         by_tokens, by_minutes = figure.subplots(1, 2, sharey=True)
-        by_tokens.plot([tokens / 1e6 for tokens, *_ in runs], perplexities, "o", color=colour("sign"), label="measured")
-        further = numpy.linspace(min(tokens for tokens, *_ in runs if tokens), needed)
+        by_tokens.plot([run.tokens / 1e6 for run in runs], perplexities, "o", color=colour("sign"), label="measured")
+        further = numpy.linspace(min(run.tokens for run in runs if run.tokens), needed)
         expected = full_precision * numpy.exp(law[0] * further ** law[1])
         by_tokens.plot(further / 1e6, expected, "--", color=colour("other"), label="trend")
-        by_minutes.plot([minutes for _, minutes, _ in runs], perplexities, "o", color=colour("sign"))
+        by_minutes.plot([run.minutes for run in runs], perplexities, "o", color=colour("sign"))
         by_tokens.set(xlabel="million tokens of distillation", ylabel="perplexity", ylim=(0, 1.1 * max(perplexities)))
-        by_minutes.set(xlabel="minutes, one thread, other work beside it", xlim=(0, None))
+        by_minutes.set(xlabel="minutes of the whole run", xlim=(0, None))
         for axes in (by_tokens, by_minutes):
             axes.axhline(full_precision, color=colour("other"), linewidth=0.8)
             axes.axhline(aim * full_precision, color=colour("other"), linewidth=0.8, linestyle=":")
