@@ -60,7 +60,9 @@ def main(settings: Settings) -> None:
     began = time.monotonic()
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(f"{settings.name} at 1.61 bits per weight", style="bold")
-    console.print("On two idle cores a quarter of an hour with AVX-512 BF16, 40 minutes without; a second run uses what is there.")
+    console.print(
+        "On two idle cores a quarter of an hour with AVX-512 BF16, 40 minutes without; a second run uses what is there."
+    )
     steps = Steps(settings.record)
     results = collect(settings, steps)
     settings.report.write_text(model_page(results), encoding="utf-8")
