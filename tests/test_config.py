@@ -116,7 +116,6 @@ def test_override_that_does_not_fit_is_named(values, message):
         {"bits": None, "salient_ratio": float("nan")},
         {"epochs": -1},
         {"batch_size": 0},
-        {"pieces": 0},
         {"lr_scale": -1e-3},
         {"lr_angular": float("inf")},
         {"lr_latent": float("nan")},

@@ -195,40 +195,6 @@ def test_fast_is_best_without_the_last_step(run, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_blocks_learn_from_pieces_and_distillation_from_whole_samples(run, monkeypatch, tmp_path):
-    drawn, texts, seen = [], [], []
-    draw, learned_text = pipeline.calibration_and_fresh_tokens, pipeline.learned_text
-
-    def remembered(*args):
-        drawn.append(draw(*args))
-        return drawn[-1]
-
-    def noted(config, tokens, fresh):
-        texts.append(learned_text(config, tokens, fresh))
-        return texts[-1]
-
-    monkeypatch.setattr(pipeline, "calibration_and_fresh_tokens", remembered)
-    monkeypatch.setattr(pipeline, "learned_text", noted)
-    once = {"distill": "off", "on_progress": seen.append}
-    run(tmp_path / "cut", pieces=2, allocation_samples=1, **once)
-    assert {progress.steps for progress in seen if progress.phase == "learn"} == {2 * 2 * 3}
-    tokens, fresh = drawn[0]
-    monkeypatch.setattr(pipeline, "calibration_and_fresh_tokens", lambda *args: (tokens.view(6, 8), fresh.view(0, 8)))
-    run(tmp_path / "given", samples=6, seqlen=8, allocation_samples=2, **once)
-    assert contents(tmp_path / "cut")["model.safetensors"] == contents(tmp_path / "given")["model.safetensors"]
-    monkeypatch.setattr(pipeline, "calibration_and_fresh_tokens", draw)
-    for fresh_text in (True, False):
-        run(tmp_path / f"{fresh_text}", pieces=2, distill_fresh=fresh_text)
-        assert texts[-1].samples.shape[1] == 16 and texts[-1].fresh == fresh_text
-
-
-@pytest.mark.parametrize(("seqlen", "pieces"), [(16, 3), (16, 16), (2, 2)])
-def test_samples_that_cannot_be_cut_are_refused(run, tmp_path, seqlen, pieces):
-    with pytest.raises(InputError, match=rf"seqlen={seqlen} cannot be cut into pieces={pieces} .*--set pieces=1"):
-        run(tmp_path / "out", seqlen=seqlen, pieces=pieces)
-    assert not list(tmp_path.iterdir())
-
-
 def test_run_that_is_not_kept_leaves_the_blocks_as_they_were(run, tmp_path):
     blocks, tuned = tmp_path / "blocks", tmp_path / "tuned"
     run(blocks, distill="off")

@@ -141,7 +141,6 @@ class QuantConfig(_Settings):
     magnitude: Magnitude = Magnitude.MSE
     angular: bool = True  # the negative-log-cosine term of Eq. 5 (ablated in Table 7)
     epochs: int = 20  # 0: keep the initial factors
-    pieces: int = 1  # equal parts that every sample is cut into: as many times the steps from the same text
     batch_size: int = 1
     lr_scale: float = 5e-4  # for the row scale (alpha_s); `mixed`: in units of the scale itself
     # Tuning of the whole model after the blocks (method `mixed`).
@@ -172,15 +171,7 @@ class QuantConfig(_Settings):
             f"salient_ratio={self.salient_ratio} is out of range: expected 0 to 1, e.g. 0.2",
         )
         _check(self.epochs >= 0, f"epochs={self.epochs} is out of range: expected 0 or more")
-        counts = (
-            "pieces",
-            "batch_size",
-            "allocation_samples",
-            "distill_tokens",
-            "distill_passes",
-            "distill_batch_size",
-        )
-        for name in counts:
+        for name in ("batch_size", "allocation_samples", "distill_tokens", "distill_passes", "distill_batch_size"):
             value = getattr(self, name)
             _check(value >= 1, f"{name}={value} is out of range: expected 1 or more")
         for name in ("lr_scale", "lr_angular", "lr_latent", "distill_lr_latent", "distill_lr_scale"):

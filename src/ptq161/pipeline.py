@@ -92,11 +92,9 @@ def quantize(
         source, tokenizer = _source(model, tokenizer)
         save_dtype = _save_dtype(dtype, source.dtype)
     tokens, fresh = ranks.from_first(partial(_tokens, config, calibration, tokenizer, source))
-    # The blocks learn from pieces, distillation from whole samples.
-    pieces = tokens.unflatten(1, (config.pieces, -1)).flatten(0, 1)
     with ranks.first_goes_first():
         text = learned_text(config, tokens, fresh)
-        prepared = _with_head(prepare(source, pieces, config, blocks), config)
+        prepared = _with_head(prepare(source, tokens, config, blocks), config)
         predicted = predict(source.skeleton, prepared.layout, save_dtype)
         space = Space(None if offload is None else Path(offload))
         _check_disks(out, space, predicted["file_bytes"], prepared, tokens.shape, config)
@@ -104,9 +102,9 @@ def quantize(
     identity = ranks.from_first(lambda: job(prepared, config, tokens, fresh, save_dtype, torch_device))
     with work.open(identity, restart=restart):
         try:
-            layout = divided_layout(work, prepared, pieces, config, torch_device, space, on_progress)
+            layout = divided_layout(work, prepared, tokens, config, torch_device, space, on_progress)
             prepared = _with_head(replace(prepared, layout=layout), config)
-            quantize_blocks(work, prepared, pieces, config, torch_device, space, on_progress)
+            quantize_blocks(work, prepared, tokens, config, torch_device, space, on_progress)
             packed, records = work.load_blocks(prepared.first, prepared.last)
             tuned = distill(work, prepared, text, config, torch_device, on_progress)
             distillation = None if tuned is None else tuned.record
@@ -271,11 +269,6 @@ def settings(
         )
     given = {"sources": calib, "samples": samples, "seqlen": seqlen, "seed": seed}
     calibration = chosen.calibration.replaced({key: value for key, value in given.items() if value is not None})
-    if calibration.seqlen % config.pieces or calibration.seqlen < 2 * config.pieces:
-        raise InputError(
-            f"seqlen={calibration.seqlen} cannot be cut into pieces={config.pieces} equal parts of at least 2 tokens; "
-            "give another --seqlen, or --set pieces=1"
-        )
     return config, calibration
 
 

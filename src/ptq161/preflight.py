@@ -61,7 +61,7 @@ def memory_bytes(
     held = 2 * model.nbytes if model.resident else 0  # while it is read there are two, and the allocator keeps the room
     stages = [4 * outside_weights(model), _block_bytes(prepared, shape, config, offloaded=offloaded)]
     if asks_for_harms(config):
-        stages.append(_allotting_memory(prepared, shape, config))
+        stages.append(_allotting_memory(prepared, shape))
     if config.distill is not Distill.OFF:
         stages.append(needed_bytes(model, prepared.layout.quantized_weights, shape[1], config, device))
     return PROCESS_BYTES + held + max(stages)
@@ -74,11 +74,11 @@ def _block_bytes(prepared: Prepared, shape: Sequence[int], config: QuantConfig, 
     return streams + BYTES_PER_WEIGHT * largest
 
 
-def _allotting_memory(prepared: Prepared, shape: Sequence[int], config: QuantConfig) -> int:
-    """One block on its way back, or the predictions for one piece of a sample."""
+def _allotting_memory(prepared: Prepared, shape: Sequence[int]) -> int:
+    """One block on its way back, or the predictions for one sample."""
     text = prepared.model.skeleton.config.get_text_config()
     largest = max(spec.layout.rows * spec.layout.cols for spec in prepared.layout.linears.values())
-    logits: int = 4 * 4 * (shape[1] // config.pieces) * text.vocab_size
+    logits: int = 4 * 4 * shape[1] * text.vocab_size
     return max(5 * 4 * largest, logits)
 
 

@@ -137,7 +137,7 @@ def allot(
         seconds = time.monotonic() - began
         on_progress(Progress(prepared.first, prepared.first, prepared.last, "measure", done, total, None, seconds))
 
-    chosen = samples[: config.allocation_samples * config.pieces]  # by all ranks; each has the streams of its share
+    chosen = samples[: config.allocation_samples]  # by all ranks; each has the streams of its share
     try:
         harms = shared_harms(
             prepared.model,
