@@ -115,6 +115,22 @@ def test_a_gguf_computes_what_its_model_did(gguf_file):
         torch.testing.assert_close(dense.whole()(tokens).logits, original(tokens).logits)
 
 
+@pytest.mark.parametrize("opening", [open_dense, open_model])
+def test_a_gguf_header_is_parsed_once_for_all_parts_and_again_for_the_next_model(opening, gguf_file, monkeypatch):
+    parsed = []
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, path):
+            parsed.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    for times in (1, 2):
+        opening(gguf_file[0])
+        assert parsed == [str(gguf_file[0])] * times
+        assert gguf.GGUFReader is Counted
+
+
 def test_a_gguf_can_be_saved_again(gguf_file, tmp_path):
     dense, tokenizer = open_dense(gguf_file[0])
     dense.whole().save_pretrained(tmp_path)

@@ -1,13 +1,14 @@
 """Open any MODEL: a hub name, a Hugging Face folder, a `.gguf` file, or a packed checkpoint of ours."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partialmethod
+from dataclasses import dataclass, field
+from functools import cache, partialmethod
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from safetensors import safe_open
@@ -42,12 +43,17 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 @dataclass(frozen=True)
 class _Location:
-    """Where transformers finds a model: `given` by the user, the first argument and keywords of `from_pretrained`."""
+    """Where transformers finds a model: `given` by the user, the first argument and keywords of `from_pretrained`.
+
+    gguf_reader: in place of the gguf package's, with which transformers parses all of a file's header, vocabulary
+    included, for each part of a model and several times for some; this one does so once.
+    """
 
     given: str
     name: str
     gguf_file: str | None = None
     local_only: bool = True
+    gguf_reader: Callable[[str], gguf.GGUFReader] = field(default_factory=lambda: cache(gguf.GGUFReader))
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -270,8 +276,13 @@ def _loading(part: str, location: _Location) -> Iterator[None]:
     what = f"cannot load the {part} of {location.given}"
     if location.name == location.given and not Path(location.given).exists():
         what = f"{location.given} is neither a local folder or file nor a model from the Hugging Face hub"
-    with complaints(what), _quiet(bars=not location.local_only):
-        yield
+    original = gguf.GGUFReader
+    gguf.GGUFReader = location.gguf_reader  # type: ignore[misc, assignment]
+    try:
+        with complaints(what), _quiet(bars=not location.local_only):
+            yield
+    finally:
+        gguf.GGUFReader = original  # type: ignore[misc]
 
 
 @contextmanager
