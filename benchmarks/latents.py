@@ -1,4 +1,5 @@
-"""How long rounding a decoder block's latents takes, forward and backward: native kernel and torch operations, in turn.
+"""How long rounding a decoder block's latents takes, forward and backward, and the search for the row scales that they
+start from, of the whole block as ternary and as 4-bit: native kernel and torch operations, in turn.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/latents.py --rounds 20
 
@@ -13,8 +14,9 @@ import unittest.mock
 import torch
 from distill_step import drawn_widths
 
-from ptq161 import latent
+from ptq161 import latent, mixed
 from ptq161.allocator import kept_memory
+from ptq161.binarize import FOUR_BIT, TERNARY
 from ptq161.kernels import cpu_kernels
 
 SHAPES = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
@@ -49,6 +51,18 @@ def main() -> None:
         for way, fast, slow in zip(("forward", "backward"), kernel, torch_, strict=True):
             kind = str(dtype).removeprefix("torch.")
             print(f"{kind:<9} {way:<9} kernel {fast:6.2f} ms  torch {slow:6.2f} ms  {slow / fast:4.1f} times as long")
+    searches: dict[str, list[float]] = {"kernel": [], "torch": []}
+    for turn in range(4):
+        for name, taken in (("kernel", has_kernel), ("torch", lambda *_: False)):
+            with unittest.mock.patch.object(mixed, "has_rounding_kernel", taken):
+                began = time.perf_counter()
+                for weight in latents:
+                    for width in (TERNARY, FOUR_BIT):
+                        mixed.best_scale(weight.latent.detach(), width, torch.ones(weight.latent.shape[1]))
+                if turn:
+                    searches[name].append(time.perf_counter() - began)
+    fast, slow = (1e3 * statistics.median(found) for found in searches.values())
+    print(f"search for row scales kernel {fast:6.0f} ms  torch {slow:6.0f} ms  {slow / fast:4.1f} times as long")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,7 @@ bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 }  // namespace
 
 extern const Kernel kAvx2;
-const Kernel kAvx2 = {"avx2", supported, gather, multiply<dot_int8, dot_exact>, dense, round_rows, round_rows_backward};
+const Kernel kAvx2 = {"avx2", supported, gather, multiply<dot_int8, dot_exact>, dense, round_rows, round_rows_backward,
+                      search_rows};
 
 }  // namespace ptq161

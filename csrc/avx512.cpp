@@ -144,6 +144,7 @@ bool supported() {
 }  // namespace
 
 extern const Kernel kAvx512;
-const Kernel kAvx512 = {"avx512", supported, gather, multiply<dot_int8, dot_exact>, dense, round_rows, round_rows_backward};
+const Kernel kAvx512 = {"avx512", supported, gather, multiply<dot_int8, dot_exact>, dense, round_rows, round_rows_backward,
+                        search_rows};
 
 }  // namespace ptq161

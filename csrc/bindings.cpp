@@ -132,6 +132,23 @@ void call_rounding(const std::string& name, int64_t rows, int64_t cols, const st
     round_latents(kernel, latents, backward, threads);
 }
 
+void call_search(const std::string& name, int64_t rows, const LatentGroupTuple& described, int64_t candidates,
+                 float smallest, const Array& part, const Array& importance, const Array& candidate, const Array& scale,
+                 int threads) {
+    const auto [cols, count, lowest, step] = described;
+    if (rows < 1 || rows > kMostRows || cols < 1 || cols > kMostRows) throw std::invalid_argument("rows or cols out of range");
+    if (candidates < 1 || candidates > kMostRows) throw std::invalid_argument("candidates out of range");
+    if (threads < 1) throw std::invalid_argument("expected at least one thread");
+    ScaleSearch search{rows, candidates, {cols, count, lowest, step}, nullptr, nullptr, nullptr, smallest, nullptr};
+    search.part = checked<float>("part", part, rows * cols);
+    search.importance = checked<float>("importance", importance, cols);
+    search.candidate = checked<float>("candidate", candidate, rows * candidates);
+    search.scale = checked<float>("scale", scale, rows);
+    const Kernel& kernel = kernel_named(name);
+    nb::gil_scoped_release released;
+    search_scales(kernel, search, threads);
+}
+
 // Codes of a group into tiles or back, once the sizes are known to fit.
 template <bool to_tiles>
 void move_codes(const Layout& layout, int64_t group, int levels, const Array& stored, const Array& tiles, int threads) {
@@ -167,6 +184,7 @@ NB_MODULE(_native, module) {
     module.def("dense", &call_dense);
     module.def("round_latents", &call_rounding<false>);
     module.def("round_latents_backward", &call_rounding<true>);
+    module.def("search_scales", &call_search);
     module.def("codes_to_tiles", &move_codes<true>);
     module.def("codes_from_tiles", &move_codes<false>);
     module.def("read_memory", [](const Array& array, int threads) {

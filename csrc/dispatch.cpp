@@ -55,6 +55,18 @@ constexpr int64_t kBytesPerThread = 96 * 1024;
 // Bytes of rounded activations that are multiplied at once: they stay in the second-level cache.
 constexpr int64_t kChunkBytes = 384 * 1024;
 
+// work(first row, last row) for all rows, in `pieces` parts for each of as many threads as `bytes` are worth.
+template <class Work>
+void in_parallel(int64_t all_rows, int64_t bytes, int threads, int64_t pieces, const Work& work) {
+    const int64_t workers = std::max<int64_t>(1, std::min<int64_t>({threads, all_rows, bytes / kBytesPerThread}));
+    const int64_t parts = workers == 1 ? 1 : workers * pieces, rows = ceil_div(all_rows, parts);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(int(workers)) if (workers > 1)
+    for (int64_t part = 0; part < parts; ++part) {
+        const int64_t first = std::min(part * rows, all_rows), last = std::min(first + rows, all_rows);
+        if (first < last) work(first, last);
+    }
+}
+
 Activations make_activations(const Product& p, int64_t tokens) {
     const auto columns = size_t(tokens * p.layout->padded), blocks = size_t(tokens * p.layout->blocks);
     Activations made{tokens, {}, {}, {}, {}, {}};
@@ -133,13 +145,7 @@ void linear(const Kernel& kernel, const Product& p, int threads) {
 
 void dense(const Kernel& kernel, const DenseProduct& p, int threads) {
     const int64_t bytes = p.rows * p.cols * (p.type == Type::kFloat32 ? 4 : 2);
-    const int64_t workers = std::max<int64_t>(1, std::min<int64_t>({threads, p.rows, bytes / kBytesPerThread}));
-    const int64_t parts = workers == 1 ? 1 : workers * 8, rows = ceil_div(p.rows, parts);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(int(workers)) if (workers > 1)
-    for (int64_t part = 0; part < parts; ++part) {
-        const int64_t first = std::min(part * rows, p.rows), last = std::min(first + rows, p.rows);
-        if (first < last) kernel.dense(p, first, last);
-    }
+    in_parallel(p.rows, bytes, threads, 8, [&](int64_t first, int64_t last) { kernel.dense(p, first, last); });
 }
 
 void round_latents(const Kernel& kernel, const Latents& p, bool backward, int threads) {
@@ -156,14 +162,16 @@ void round_latents(const Kernel& kernel, const Latents& p, bool backward, int th
         require(place >= 0 && place < p.cols && !taken[size_t(place)], "the columns are no permutation");
         taken[size_t(place)] = true;
     }
-    const int64_t bytes = p.rows * p.cols * 4;
-    const int64_t workers = std::max<int64_t>(1, std::min<int64_t>({threads, p.rows, bytes / kBytesPerThread}));
-    const int64_t parts = workers == 1 ? 1 : workers * 4, rows = ceil_div(p.rows, parts);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(int(workers)) if (workers > 1)
-    for (int64_t part = 0; part < parts; ++part) {
-        const int64_t first = std::min(part * rows, p.rows), last = std::min(first + rows, p.rows);
-        if (first < last) (backward ? kernel.round_backward : kernel.round)(p, first, last);
-    }
+    const auto work = backward ? kernel.round_backward : kernel.round;
+    in_parallel(p.rows, p.rows * p.cols * 4, threads, 4, [&](int64_t first, int64_t last) { work(p, first, last); });
+}
+
+void search_scales(const Kernel& kernel, const ScaleSearch& p, int threads) {
+    require(p.rows >= 1 && p.group.cols >= 1 && p.candidates >= 1, "expected rows, columns and candidates");
+    require(p.rows <= kMost && p.group.cols <= kMost && p.candidates <= kMost, "rows, columns or candidates out of range");
+    require(p.group.count > 2 && (p.group.step == 1 || p.group.step == 2), "expected levels that are 1 or 2 apart, not signs");
+    const int64_t bytes = p.rows * p.group.cols * 4 * p.candidates;
+    in_parallel(p.rows, bytes, threads, 4, [&](int64_t first, int64_t last) { kernel.search(p, first, last); });
 }
 
 uint64_t read_memory(const uint64_t* words, int64_t count, int threads) {

@@ -115,6 +115,19 @@ struct Latents {
     float* to_scale;   // [rows][groups]
 };
 
+// The search for a group's row scales (src/ptq161/mixed.py has the reasons). Every candidate decides the levels of its
+// row; the scale is then the best one for these, and the candidate whose scale leaves the smallest weighted squared error
+// wins. `group` is not of signs, whose best scale has a closed form.
+struct ScaleSearch {
+    int64_t rows, candidates;
+    LatentGroup group;
+    const float* part;        // [rows][group.cols]
+    const float* importance;  // [group.cols]
+    const float* candidate;   // [rows][candidates]; the first is kept where no error is finite
+    float smallest;           // scale there is
+    float* scale;             // [rows]
+};
+
 struct Kernel {
     const char* name;
     bool (*supported)();  // by the processor that runs this
@@ -129,6 +142,8 @@ struct Kernel {
     // The rows [first_row, last_row) of latents forward and backward.
     void (*round)(const Latents&, int64_t first_row, int64_t last_row);
     void (*round_backward)(const Latents&, int64_t first_row, int64_t last_row);
+    // Writes the scales of the rows [first_row, last_row).
+    void (*search)(const ScaleSearch&, int64_t first_row, int64_t last_row);
 };
 
 // The kernels that run here, fastest first; the last is always the scalar one.
@@ -139,6 +154,8 @@ void linear(const Kernel& kernel, const Product& product, int threads);
 void dense(const Kernel& kernel, const DenseProduct& product, int threads);
 // Throws std::invalid_argument if groups and columns are not sound.
 void round_latents(const Kernel& kernel, const Latents& latents, bool backward, int threads);
+// Throws std::invalid_argument if there is nothing to search, or the levels are not known here.
+void search_scales(const Kernel& kernel, const ScaleSearch& search, int threads);
 
 // Stored bytes of a row of codes of a group, at `levels` levels (docs/format.md). Throws std::invalid_argument.
 int64_t stored_row_bytes(const Layout& layout, int64_t group, int levels);

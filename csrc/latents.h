@@ -1,4 +1,5 @@
-// Rounding of latent weights and the gradient back through it, for vector units (src/ptq161/latent.py has the formulas).
+// Rounding of latent weights and the gradient back through it, for vector units (src/ptq161/latent.py has the formulas),
+// and the search for the row scales that they start from (src/ptq161/mixed.py).
 //
 // A row is one pass over memory: latents come in the order of the groups, so that all of a group share a scale, and are
 // rounded a register at a time into a buffer that stays in the first-level cache; from there they go to their natural
@@ -17,6 +18,15 @@ namespace {
 inline Floats all(float value) { return value - Floats{}; }
 
 inline Floats chosen(Ints mask, Floats yes, Floats no) { return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no)); }
+
+inline float lanes_sum(Floats sum) {
+    float lanes[kWidth];
+    std::memcpy(lanes, &sum, sizeof lanes);
+    for (int width = kWidth / 2; width > 0; width /= 2) {
+        for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+    }
+    return lanes[0];
+}
 
 // Levels of kSigns or of lowest + step * d, d below count. Adding and taking off 3 * 2^22 rounds what is small to the
 // nearest even integer, and digits are small once they are kept within their range; a comparison with NaN is false.
@@ -103,12 +113,7 @@ inline float group_gradients(const LatentGroup& group, const float* latent, floa
         }
         std::memcpy(to_latent + column, &arriving, bytes);
     });
-    float lanes[kWidth];
-    std::memcpy(lanes, &sum, sizeof lanes);
-    for (int width = kWidth / 2; width > 0; width /= 2) {
-        for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-    }
-    return lanes[0];
+    return lanes_sum(sum);
 }
 
 void round_rows_backward(const Latents& p, int64_t first_row, int64_t last_row) {
@@ -124,6 +129,42 @@ void round_rows_backward(const Latents& p, int64_t first_row, int64_t last_row) 
             p.to_scale[row * groups + g] = gradients(group, p.latent + start + first, p.scale[row * groups + g],
                                                      grouped.get() + first, p.to_latent + start + first);
             first += group.cols;
+        }
+    }
+}
+
+// work(weights, their importance) for every register of a row; what is missing in the last one counts for nothing.
+template <class Work>
+inline void over_weighted(const ScaleSearch& p, const float* part, const Work& work) {
+    over_columns(p.group.cols, [&](int64_t column, auto bytes) {
+        Floats values = {}, importance = {};
+        std::memcpy(&values, part + column, bytes);
+        std::memcpy(&importance, p.importance + column, bytes);
+        work(values, importance);
+    });
+}
+
+void search_rows(const ScaleSearch& p, int64_t first_row, int64_t last_row) {
+    for (int64_t row = first_row; row < last_row; ++row) {
+        const float* part = p.part + row * p.group.cols;
+        const float* candidate = p.candidate + row * p.candidates;
+        float least = std::numeric_limits<float>::infinity();
+        p.scale[row] = candidate[0];
+        for (int64_t c = 0; c < p.candidates; ++c) {
+            Floats along = {}, energy = {};
+            over_weighted(p, part, [&](Floats values, Floats importance) {
+                const Floats levels = nearest<false>(values / all(candidate[c]), p.group);
+                along += importance * levels * values;
+                energy += importance * levels * levels;
+            });
+            const float scale = fitted_scale(lanes_sum(along), lanes_sum(energy), p.smallest);
+            Floats error = {};
+            over_weighted(p, part, [&](Floats values, Floats importance) {
+                const Floats off = nearest<false>(values / all(scale), p.group) * all(scale) - values;
+                error += importance * off * off;
+            });
+            const float sum = lanes_sum(error);
+            if (sum < least) least = sum, p.scale[row] = scale;
         }
     }
 }

@@ -100,6 +100,7 @@ bool supported() {
 }  // namespace
 
 extern const Kernel kNeon;
-const Kernel kNeon = {"neon", supported, gather, multiply<dot_int8, dot_exact>, dense, round_rows, round_rows_backward};
+const Kernel kNeon = {"neon", supported, gather, multiply<dot_int8, dot_exact>, dense, round_rows, round_rows_backward,
+                      search_rows};
 
 }  // namespace ptq161

@@ -105,11 +105,34 @@ void round_rows_backward(const Latents& p, int64_t first_row, int64_t last_row) 
     }
 }
 
+void search_rows(const ScaleSearch& p, int64_t first_row, int64_t last_row) {
+    for (int64_t row = first_row; row < last_row; ++row) {
+        const float* part = p.part + row * p.group.cols;
+        double least = std::numeric_limits<double>::infinity();
+        p.scale[row] = p.candidate[row * p.candidates];
+        for (int64_t c = 0; c < p.candidates; ++c) {
+            double along = 0, energy = 0, error = 0;
+            for (int64_t column = 0; column < p.group.cols; ++column) {
+                const double level = nearest(part[column] / p.candidate[row * p.candidates + c], p.group);
+                along += p.importance[column] * level * part[column];
+                energy += p.importance[column] * level * level;
+            }
+            const float scale = fitted_scale(float(along), float(energy), p.smallest);
+            for (int64_t column = 0; column < p.group.cols; ++column) {
+                const double off = double(nearest(part[column] / scale, p.group)) * scale - part[column];
+                error += p.importance[column] * off * off;
+            }
+            if (error < least) least = error, p.scale[row] = scale;
+        }
+    }
+}
+
 bool always() { return true; }
 
 }  // namespace
 
 extern const Kernel kScalar;
-const Kernel kScalar = {"scalar", always, gather, multiply<dot_int8, dot_exact>, dense, round_rows, round_rows_backward};
+const Kernel kScalar = {"scalar", always, gather, multiply<dot_int8, dot_exact>, dense, round_rows, round_rows_backward,
+                        search_rows};
 
 }  // namespace ptq161

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "kernels.h"
@@ -98,6 +99,11 @@ inline bool gather_block(const Product& p, const float* x, int64_t start, int64_
     }
     std::fill(u + count, u + kBlock, 0.0f);
     return true;
+}
+
+// The best scale for given levels: sums of weight times level, and of squared levels, both by importance.
+inline float fitted_scale(float along, float energy, float smallest) {
+    return std::max(along / std::max(energy, std::numeric_limits<float>::min()), smallest);
 }
 
 inline float block_sum(const float* u) {

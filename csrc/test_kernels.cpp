@@ -200,6 +200,36 @@ bool rounds_like_scalar(const Kernel& kernel, Type type, int64_t rows, int64_t c
     return close;
 }
 
+// Scales by one kernel, in buffers without room to spare: errors no larger than those of the scalar one's scales.
+bool searches_like_scalar(const Kernel& kernel, const LatentGroup& group, int64_t rows, int threads, std::mt19937& random) {
+    constexpr int64_t kCandidates = 7;
+    std::normal_distribution<float> normal;
+    std::vector<float> part(size_t(rows * group.cols)), importance(size_t(group.cols)), candidate(size_t(rows * kCandidates));
+    for (float& value : part) value = normal(random);
+    for (float& value : importance) value = std::abs(normal(random));
+    for (float& value : candidate) value = 0.1f + std::abs(normal(random));
+    ScaleSearch p{rows, kCandidates, group, part.data(), importance.data(), candidate.data(), 1e-7f, nullptr};
+    std::vector<float> scale[2], error[2];
+    for (int turn = 0; turn < 2; ++turn) {
+        scale[turn].resize(size_t(rows)), p.scale = scale[turn].data();
+        search_scales(turn == 0 ? *available_kernels().back() : kernel, p, threads);
+        for (int64_t row = 0; row < rows; ++row) {
+            double sum = 0;
+            for (int64_t column = 0; column < group.cols; ++column) {
+                const float value = part[size_t(row * group.cols + column)], own = scale[turn][size_t(row)];
+                const float digit = std::nearbyint((value / own - group.lowest) / group.step);
+                const float level = std::min(std::max(digit, 0.0f), float(group.count - 1)) * group.step + group.lowest;
+                sum += double(importance[size_t(column)]) * std::pow(double(level) * own - value, 2);
+            }
+            error[turn].push_back(float(sum));
+        }
+    }
+    for (size_t row = 0; row < size_t(rows); ++row) {
+        if (!(std::abs(error[0][row] - error[1][row]) <= 1e-4f * (1 + error[0][row]))) return false;
+    }
+    return true;
+}
+
 }  // namespace
 
 int main() {
@@ -250,6 +280,8 @@ int main() {
                 const int threads = 1 + int(rows % 3);
                 check(rounds_like_scalar(*kernel, Type::kFloat32, rows, cols, threads, random), "latents to float32");
                 check(rounds_like_scalar(*kernel, Type::kBFloat16, rows, cols, threads, random), "latents to bfloat16");
+                check(searches_like_scalar(*kernel, {cols, 3, -1, 1}, rows, threads, random), "scales of ternary rows");
+                check(searches_like_scalar(*kernel, {cols, 16, -15, 2}, rows, threads, random), "scales of 4-bit rows");
             }
         }
     }

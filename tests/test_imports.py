@@ -23,7 +23,7 @@ ALLOWED = {
     "layout": "packing binarize",
     "budget": "layout packing binarize config",
     "latent": "kernels binarize",
-    "mixed": "latent binarize",
+    "mixed": "latent kernels binarize",
     "compensation": "mixed latent binarize",
     "allocation": "budget layout packing binarize config",
     "space": "",
@@ -82,7 +82,7 @@ ALLOWED = {
     "preflight": "methods tuning walk config",
     "records": "ranks walk folder config",
     "blockwise": "ranks walk records checkpoint space layout config",
-    "pipeline": "ranks blockwise walk tuning preflight records methods dense space checkpoint hf vocabulary "
+    "pipeline": "ranks blockwise causal walk tuning preflight records methods dense space checkpoint hf vocabulary "
     "inspection sources data layout config machine",
     "autoround": "methods discovery",
     "contenders": "llamacpp autoround pipeline baselines methods inspection hf dense folder config",

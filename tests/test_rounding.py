@@ -1,12 +1,14 @@
-"""The native rounding of latent weights against the torch operations that it stands for, on every kernel that runs."""
+"""Native rounding of latents, and search for their scales, against the torch operations that they stand for."""
 
 import pytest
 import torch
 
+from ptq161 import mixed
 from ptq161.binarize import EIGHT_BIT, FOUR_BIT, ONE_BIT, TERNARY, nearest_level
 from ptq161.kernels import cpu_kernels
 from ptq161.kernels.native import array, native
-from ptq161.kernels.rounding import has_rounding_kernel, rounded, rounding_gradients
+from ptq161.kernels.rounding import has_rounding_kernel, rounded, rounding_gradients, searched
+from ptq161.mixed import _searched, best_scale
 
 pytestmark = pytest.mark.skipif(not cpu_kernels(), reason="the native extension is not built")
 
@@ -154,3 +156,76 @@ def test_extension_refuses_what_does_not_fit(changes, message):
         native.round_latents(
             given["kernel"], 2, 3, given["groups"], given["type"], *arrays, array(None), array(None), given["threads"]
         )
+
+
+# The search for row scales
+
+
+def weighted_error(part, scale, width, importance):
+    return ((nearest_level(part / scale, width) * scale - part).square().double() * importance).sum(1)
+
+
+@pytest.mark.parametrize("kernel", cpu_kernels())
+@pytest.mark.parametrize("width", [TERNARY, FOUR_BIT, EIGHT_BIT])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (2, 7), (5, 16), (33, 129), (300, 576)])
+def test_every_kernel_finds_scales_as_good_as_those_of_torch(kernel, width, rows, cols):
+    """The same ones, but where sums in another order make another candidate the best by a hair."""
+    draws = torch.Generator().manual_seed(rows)
+    part, squares = torch.randn(rows, cols, generator=draws), torch.rand(cols, generator=draws)
+    part[0, 0] = 50.0
+    importance = squares / squares.mean() + 1e-6
+    multiples = torch.linspace(0.05, 2.0, 29)
+    candidates = part.square().mean(1, keepdim=True).sqrt() * multiples
+    found = searched(part, width, importance, candidates, 2.0**-24, kernel=kernel)
+    expected = _searched(part, width, importance, candidates)
+    errors = weighted_error(part, found, width, importance), weighted_error(part, expected, width, importance)
+    torch.testing.assert_close(*errors, rtol=1e-5, atol=1e-7)
+    if cols > 100:  # few weights fit several scales exactly
+        assert torch.isclose(found, expected, rtol=1e-5).sum() >= 0.9 * rows
+
+
+@pytest.mark.parametrize("kernel", cpu_kernels())
+def test_scale_where_nothing_is_finite_is_the_first_candidate_and_never_below_the_smallest(kernel):
+    part = torch.tensor([[float("nan"), 1.0], [3e38, -3e38], [0.0, 0.0]])
+    candidates = torch.tensor([[0.25, 0.5]]).expand(3, 2)
+    found = searched(part, TERNARY, torch.ones(2), candidates, 2.0**-24, kernel=kernel)
+    assert found[0].item() == 0.25 and found[2].item() == 2.0**-24
+
+
+def test_best_scale_uses_the_kernel(monkeypatch):
+    part, squares = torch.randn(4, 30), torch.ones(30)
+    monkeypatch.setattr(mixed, "_searched", None)
+    assert best_scale(part, TERNARY, squares).shape == (4, 1)
+    with pytest.raises(TypeError):
+        best_scale(part.double(), TERNARY, squares.double())  # which the kernel does not take
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group": (3, 2, -1.0, 2.0)}, "not signs"),
+        ({"group": (3, 3, -1.0, 0.3)}, "1 or 2 apart"),
+        ({"group": (0, 3, -1.0, 1.0)}, "out of range"),
+        ({"candidates": 0}, "candidates out of range"),
+        ({"candidates": 3}, "candidate has 4 elements, expected 6"),
+        ({"part": torch.zeros(2, 4)}, "part has 8 elements, expected 6"),
+        ({"importance": torch.ones(2)}, "importance has 2 elements, expected 3"),
+        ({"scale": torch.ones(3)}, "scale has 3 elements, expected 2"),
+        ({"threads": 0}, "at least one thread"),
+        ({"kernel": "magic"}, "no kernel magic"),
+    ],
+)
+def test_extension_refuses_a_search_that_does_not_fit(changes, message):
+    given = {
+        "kernel": "scalar",
+        "group": (3, 3, -1.0, 1.0),
+        "candidates": 2,
+        "part": torch.zeros(2, 3),
+        "importance": torch.ones(3),
+        "candidate": torch.ones(2, 2),
+        "scale": torch.ones(2),
+        "threads": 1,
+    } | changes
+    arrays = [array(given[name]) for name in ("part", "importance", "candidate", "scale")]
+    with pytest.raises(ValueError, match=message):
+        native.search_scales(given["kernel"], 2, given["group"], given["candidates"], 1e-7, *arrays, given["threads"])

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ptq161.binarize import CODE_WIDTHS, CodeWidth, ColumnGroup, QuantizedWeight, nearest_level, stored
+from ptq161.kernels.rounding import has_rounding_kernel, searched
 from ptq161.latent import SMALLEST_SCALE
 
 # Candidate scales as multiples of a row's root mean square. The best ones for a normal variable are 0.80 (1 bit; it has
@@ -63,22 +64,35 @@ def best_scale(
 
     Each candidate decides the codes; the scale is then the best one for these codes, and the codes follow it.
     """
-    if part.device.type == "cpu" and part.numel() > _FEW_WEIGHTS and len(part) > _ROWS_AT_ONCE:
-        return torch.cat([best_scale(rows, width, input_squares) for rows in part.split(_ROWS_AT_ONCE)])
     importance = input_squares / input_squares.mean().clamp(min=torch.finfo(part.dtype).tiny) + 1e-6
     if width.count == 2:
         return (part.abs() @ importance / importance.sum())[:, None].clamp(min=SMALLEST_SCALE)
     spread = (part.square() @ importance / importance.sum()).sqrt()[:, None]
-    candidates = [multiple * spread for multiple in _CANDIDATES[width.name].tolist()]
+    usual = spread * _CANDIDATES[width.name].to(spread)
     outermost = part.abs().amax(dim=1, keepdim=True) / -width.lowest
-    candidates += [torch.maximum(share * outermost, candidates[-1]) for share in _REACHES]
-    best = torch.full_like(spread, torch.inf)
-    chosen = spread
-    for candidate in candidates:
-        levels = nearest_level(part / candidate.clamp(min=SMALLEST_SCALE), width)
+    beyond = torch.maximum(outermost * outermost.new_tensor(_REACHES), usual[:, -1:])
+    candidates = torch.cat([usual, beyond], dim=1).clamp(min=SMALLEST_SCALE)
+    if has_rounding_kernel(part, part.dtype):
+        return searched(part, width, importance, candidates, SMALLEST_SCALE)
+    many = part.device.type == "cpu" and part.numel() > _FEW_WEIGHTS
+    pieces = (t.split(_ROWS_AT_ONCE if many else len(part)) for t in (part, candidates))
+    return torch.cat([_searched(rows, width, importance, tried) for rows, tried in zip(*pieces, strict=True)])
+
+
+def _searched(
+    part: Float[Tensor, "rows gcols"],
+    width: CodeWidth,
+    importance: Float[Tensor, " gcols"],
+    candidates: Float[Tensor, "rows candidates"],
+) -> Float[Tensor, "rows 1"]:
+    """The search in torch; where there is a kernel it does the same (docs/decisions/0026)."""
+    chosen = candidates[:, :1]
+    best = torch.full_like(chosen, torch.inf)
+    for candidate in candidates.split(1, dim=1):
+        levels = nearest_level(part / candidate, width)
         fitted = (levels * part @ importance) / (levels.square() @ importance).clamp(min=torch.finfo(part.dtype).tiny)
         scale = fitted[:, None].clamp(min=SMALLEST_SCALE)
         error = (nearest_level(part / scale, width).mul_(scale).sub_(part).square_() @ importance)[:, None]
         better = error < best
         best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
-    return chosen.clamp(min=SMALLEST_SCALE)
+    return chosen

@@ -1,6 +1,7 @@
 """Latent weights (latent.py) to the dense weight they stand for and back, natively: one pass over memory each way.
 
-torch takes a pass for every operation of the formulas, which on a CPU is a good part of a learning step.
+torch takes a pass for every operation of the formulas, which on a CPU is a good part of a learning step; and so it does
+for every candidate of the search for the row scales that learning starts from (mixed.py).
 """
 
 from collections.abc import Sequence
@@ -59,6 +60,37 @@ def rounding_gradients(
     to_latent, to_scale = torch.empty(latent.shape), torch.empty(scale.shape)
     _call("round_latents_backward", latent, scale, columns, groups, grad.contiguous(), to_latent, to_scale, kernel)
     return to_latent, to_scale
+
+
+def searched(
+    part: Float[Tensor, "rows gcols"],
+    width: CodeWidth,
+    importance: Float[Tensor, " gcols"],
+    candidates: Float[Tensor, "rows candidates"],
+    smallest: float,
+    *,
+    kernel: str | None = None,
+) -> Float[Tensor, "rows 1"]:
+    """What `mixed.best_scale` searches for, of latents for which `has_rounding_kernel`; not for signs.
+
+    candidates: positive; the first one is a row's scale where no error is finite. smallest: scale there is.
+    """
+    scale = torch.empty(len(part), 1)
+    part, importance, candidates = part.contiguous(), importance.contiguous(), candidates.contiguous()
+    assert native is not None
+    native.search_scales(
+        kernel or kernels()[0],
+        len(part),
+        (part.shape[1], width.count, width.lowest, width.step),
+        candidates.shape[1],
+        smallest,
+        array(part),
+        array(importance),
+        array(candidates),
+        array(scale),
+        torch.get_num_threads(),
+    )
+    return scale
 
 
 def _call(
