@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ import torch
 from families import FAMILIES, VOCABULARY, build
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 import ptq161
 from ptq161 import pipeline
 from ptq161.blocks import advance
+from ptq161.causal import CAUSAL, attend_causally
 from ptq161.checkpoint import WorkFolder
 from ptq161.config import CalibrationConfig, QuantConfig
 from ptq161.data import calibration_tokens
@@ -178,6 +180,37 @@ def test_progress_passes_through_every_phase_of_every_block(run, tmp_path):
     assert [(p.step, p.steps) for p in seen if p.phase == "learn"] == 2 * [(i, steps) for i in range(1, steps + 1)]
     assert all(p.loss is None or p.loss > 0 for p in seen)
     assert [p.seconds for p in seen] == sorted(p.seconds for p in seen)
+
+
+def test_every_stage_attends_causally_and_the_callers_model_stays_as_it_is(run, source, tokenizer, tmp_path):
+    calls = Counter()
+    phase = "before"
+
+    def attend(*args, **kwargs):
+        calls[phase] += 1
+        return attend_causally(*args, **kwargs)
+
+    def on_progress(progress):
+        nonlocal phase
+        phase = progress.phase
+
+    model = AutoModelForCausalLM.from_pretrained(source)
+    before = model.config._attn_implementation
+    AttentionInterface.register(CAUSAL, attend)
+    try:
+        run(
+            tmp_path / "out",
+            model,
+            tokenizer=tokenizer,
+            preset="fast",
+            salient_ratio=None,
+            bits=2.5,
+            on_progress=on_progress,
+        )
+    finally:
+        AttentionInterface.register(CAUSAL, attend_causally)
+    assert model.config._attn_implementation == before
+    assert {"measure", "targets", "learn"} <= set(+calls)
 
 
 # The same again

@@ -1,4 +1,4 @@
-"""Causal attention of whole sequences on a CPU, forward and backward: what a step of distillation attends with.
+"""Causal attention of whole sequences on a CPU, forward and backward: what a quantization run attends with.
 
 transformers' `eager` makes every score, the half that is masked as well, and goes over all of them a dozen times; the
 backward pass of torch's fused CPU kernel takes longer still. Here queries go in groups of neighbours, each with only
@@ -72,7 +72,8 @@ class _Causal(torch.autograd.Function):
             scores.view(groups, shared, count, last)[..., first:].add_(after[:count, :count])
             chances = scores.softmax(-1).to(value.dtype)
             result[:, :, first:last] = torch.bmm(chances, value[:, :last]).view(groups, shared, count, -1)
-            kept.append(chances)
+            if any(ctx.needs_input_grad):
+                kept.append(chances)
         ctx.save_for_backward(query, key, value, result, *kept)
         ctx.scale = scale
         return result

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptq161 import preflight, ranks
 from ptq161.blockwise import divided_layout, quantize_blocks
+from ptq161.causal import fast_attention
 from ptq161.checkpoint import WorkFolder, check_disk, check_out
 from ptq161.config import DEFAULT_PRESET, CalibrationConfig, Distill, Head, QuantConfig, preset_named, unknown
 from ptq161.data import SELF, calibration_and_fresh_tokens, parse_source
@@ -92,7 +93,7 @@ def quantize(
         source, tokenizer = _source(model, tokenizer)
         save_dtype = _save_dtype(dtype, source.dtype)
     tokens, fresh = ranks.from_first(partial(_tokens, config, calibration, tokenizer, source))
-    with ranks.first_goes_first():
+    with ranks.first_goes_first(), fast_attention(source.skeleton, torch_device):
         text = learned_text(config, tokens, fresh)
         prepared = _with_head(prepare(source, tokens, config, blocks), config)
         predicted = predict(source.skeleton, prepared.layout, save_dtype)
@@ -100,7 +101,7 @@ def quantize(
         _check_disks(out, space, predicted["file_bytes"], prepared, tokens.shape, config)
         check_required(prepared, config, text, torch_device)
     identity = ranks.from_first(lambda: job(prepared, config, tokens, fresh, save_dtype, torch_device))
-    with work.open(identity, restart=restart):
+    with work.open(identity, restart=restart), fast_attention(source.skeleton, torch_device):
         try:
             layout = divided_layout(work, prepared, tokens, config, torch_device, space, on_progress)
             prepared = _with_head(replace(prepared, layout=layout), config)

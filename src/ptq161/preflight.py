@@ -68,10 +68,11 @@ def memory_bytes(
 
 
 def _block_bytes(prepared: Prepared, shape: Sequence[int], config: QuantConfig, *, offloaded: bool) -> int:
-    """One block while it is learned."""
+    """One block while it is learned, its attention's probabilities for one sample kept (`causal`)."""
     largest = max(sum(p.numel() for p in block.parameters()) for block in prepared.model.blocks)
     streams = 0 if offloaded else (5 + compensates(config)) * stream_bytes(prepared, shape)
-    return streams + BYTES_PER_WEIGHT * largest
+    heads: int = prepared.model.skeleton.config.get_text_config().num_attention_heads
+    return streams + BYTES_PER_WEIGHT * largest + 4 * heads * shape[1] ** 2 // 2
 
 
 def _allotting_memory(prepared: Prepared, shape: Sequence[int]) -> int:
