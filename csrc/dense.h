@@ -42,15 +42,6 @@ inline void fetch_ahead(const Weight* weights) {
     for (int byte = 0; byte < kStep * int(sizeof(Weight)); byte += 64) __builtin_prefetch(place + byte);
 }
 
-inline float lane_sum(Lanes value) {
-    float lanes[kLanes];
-    std::memcpy(lanes, &value, sizeof lanes);
-    for (int width = kLanes / 2; width > 0; width /= 2) {
-        for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-    }
-    return lanes[0];
-}
-
 // One row with kTokens tokens; several sums for each, as one would wait for its own last addition.
 template <int kTokens, class Weight>
 inline void dense_row(const Weight* row, int64_t cols, const float* x, int64_t stride, float* out) {

@@ -14,6 +14,16 @@ typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
 
+template <class Vector>
+inline float lane_sum(Vector values) {
+    float lanes[sizeof(Vector) / sizeof(float)];
+    std::memcpy(lanes, &values, sizeof lanes);
+    for (size_t width = sizeof(Vector) / sizeof(float) / 2; width > 0; width /= 2) {
+        for (size_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+    }
+    return lanes[0];
+}
+
 // `kParts` registers of rows from `codes` on, summed in float32 over a block, and over blocks into `total`.
 // Not inlined, and unrolled by hand: GCC 12 then keeps the sums in registers.
 template <int kBits, int kTokens, int kParts>

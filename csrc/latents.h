@@ -19,15 +19,6 @@ inline Floats all(float value) { return value - Floats{}; }
 
 inline Floats chosen(Ints mask, Floats yes, Floats no) { return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no)); }
 
-inline float lanes_sum(Floats sum) {
-    float lanes[kWidth];
-    std::memcpy(lanes, &sum, sizeof lanes);
-    for (int width = kWidth / 2; width > 0; width /= 2) {
-        for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-    }
-    return lanes[0];
-}
-
 // Levels of kSigns or of lowest + step * d, d below count. Adding and taking off 3 * 2^22 rounds what is small to the
 // nearest even integer, and digits are small once they are kept within their range; a comparison with NaN is false.
 template <bool kSigns>
@@ -113,7 +104,7 @@ inline float group_gradients(const LatentGroup& group, const float* latent, floa
         }
         std::memcpy(to_latent + column, &arriving, bytes);
     });
-    return lanes_sum(sum);
+    return lane_sum(sum);
 }
 
 void round_rows_backward(const Latents& p, int64_t first_row, int64_t last_row) {
@@ -157,13 +148,13 @@ void search_rows(const ScaleSearch& p, int64_t first_row, int64_t last_row) {
                 along += importance * levels * values;
                 energy += importance * levels * levels;
             });
-            const float scale = fitted_scale(lanes_sum(along), lanes_sum(energy), p.smallest);
+            const float scale = fitted_scale(lane_sum(along), lane_sum(energy), p.smallest);
             Floats error = {};
             over_weighted(p, part, [&](Floats values, Floats importance) {
                 const Floats off = nearest<false>(values / all(scale), p.group) * all(scale) - values;
                 error += importance * off * off;
             });
-            const float sum = lanes_sum(error);
+            const float sum = lane_sum(error);
             if (sum < least) least = sum, p.scale[row] = scale;
         }
     }
