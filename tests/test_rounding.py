@@ -186,10 +186,10 @@ def test_every_kernel_finds_scales_as_good_as_those_of_torch(kernel, width, rows
 
 @pytest.mark.parametrize("kernel", cpu_kernels())
 def test_scale_where_nothing_is_finite_is_the_first_candidate_and_never_below_the_smallest(kernel):
-    part = torch.tensor([[float("nan"), 1.0], [3e38, -3e38], [0.0, 0.0]])
-    candidates = torch.tensor([[0.25, 0.5]]).expand(3, 2)
+    part = torch.tensor([[float("nan"), 1.0], [0.0, 0.0]])
+    candidates = torch.tensor([[0.25, 0.5]]).expand(2, 2)
     found = searched(part, TERNARY, torch.ones(2), candidates, 2.0**-24, kernel=kernel)
-    assert found[0].item() == 0.25 and found[2].item() == 2.0**-24
+    assert found.flatten().tolist() == [0.25, 2.0**-24]
 
 
 def test_best_scale_uses_the_kernel(monkeypatch):
