@@ -7,8 +7,8 @@ from ptq161 import mixed
 from ptq161.binarize import EIGHT_BIT, FOUR_BIT, ONE_BIT, TERNARY, nearest_level
 from ptq161.kernels import cpu_kernels
 from ptq161.kernels.native import array, native
-from ptq161.kernels.rounding import has_rounding_kernel, rounded, rounding_gradients, searched
-from ptq161.mixed import _searched, best_scale
+from ptq161.kernels.rounding import has_rounding_kernel, rounded, rounding_gradients, searched_scales
+from ptq161.mixed import _searched_scales, best_scale
 
 pytestmark = pytest.mark.skipif(not cpu_kernels(), reason="the native extension is not built")
 
@@ -176,8 +176,8 @@ def test_every_kernel_finds_scales_as_good_as_those_of_torch(kernel, width, rows
     importance = squares / squares.mean() + 1e-6
     multiples = torch.linspace(0.05, 2.0, 29)
     candidates = part.square().mean(1, keepdim=True).sqrt() * multiples
-    found = searched(part, width, importance, candidates, 2.0**-24, kernel=kernel)
-    expected = _searched(part, width, importance, candidates)
+    found = searched_scales(part, width, importance, candidates, 2.0**-24, kernel=kernel)
+    expected = _searched_scales(part, width, importance, candidates)
     errors = weighted_error(part, found, width, importance), weighted_error(part, expected, width, importance)
     torch.testing.assert_close(*errors, rtol=1e-5, atol=1e-7)
     if cols > 100:  # few weights fit several scales exactly
@@ -188,13 +188,13 @@ def test_every_kernel_finds_scales_as_good_as_those_of_torch(kernel, width, rows
 def test_scale_where_nothing_is_finite_is_the_first_candidate_and_never_below_the_smallest(kernel):
     part = torch.tensor([[float("nan"), 1.0], [0.0, 0.0]])
     candidates = torch.tensor([[0.25, 0.5]]).expand(2, 2)
-    found = searched(part, TERNARY, torch.ones(2), candidates, 2.0**-24, kernel=kernel)
+    found = searched_scales(part, TERNARY, torch.ones(2), candidates, 2.0**-24, kernel=kernel)
     assert found.flatten().tolist() == [0.25, 2.0**-24]
 
 
 def test_best_scale_uses_the_kernel(monkeypatch):
     part, squares = torch.randn(4, 30), torch.ones(30)
-    monkeypatch.setattr(mixed, "_searched", None)
+    monkeypatch.setattr(mixed, "_searched_scales", None)
     assert best_scale(part, TERNARY, squares).shape == (4, 1)
     with pytest.raises(TypeError):
         best_scale(part.double(), TERNARY, squares.double())  # which the kernel does not take

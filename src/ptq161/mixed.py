@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ptq161.binarize import CODE_WIDTHS, CodeWidth, ColumnGroup, QuantizedWeight, nearest_level, stored
-from ptq161.kernels.rounding import has_rounding_kernel, searched
+from ptq161.kernels.rounding import has_rounding_kernel, searched_scales
 from ptq161.latent import SMALLEST_SCALE
 
 # Candidate scales as multiples of a row's root mean square. The best ones for a normal variable are 0.80 (1 bit; it has
@@ -73,13 +73,13 @@ def best_scale(
     beyond = torch.maximum(outermost * outermost.new_tensor(_REACHES), usual[:, -1:])
     candidates = torch.cat([usual, beyond], dim=1).clamp(min=SMALLEST_SCALE)
     if has_rounding_kernel(part, part.dtype):
-        return searched(part, width, importance, candidates, SMALLEST_SCALE)
+        return searched_scales(part, width, importance, candidates, SMALLEST_SCALE)
     many = part.device.type == "cpu" and part.numel() > _FEW_WEIGHTS
     pieces = (t.split(_ROWS_AT_ONCE if many else len(part)) for t in (part, candidates))
-    return torch.cat([_searched(rows, width, importance, tried) for rows, tried in zip(*pieces, strict=True)])
+    return torch.cat([_searched_scales(rows, width, importance, tried) for rows, tried in zip(*pieces, strict=True)])
 
 
-def _searched(
+def _searched_scales(
     part: Float[Tensor, "rows gcols"],
     width: CodeWidth,
     importance: Float[Tensor, " gcols"],

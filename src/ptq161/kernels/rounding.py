@@ -62,7 +62,7 @@ def rounding_gradients(
     return to_latent, to_scale
 
 
-def searched(
+def searched_scales(
     part: Float[Tensor, "rows gcols"],
     width: CodeWidth,
     importance: Float[Tensor, " gcols"],
