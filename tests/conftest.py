@@ -2,10 +2,14 @@
 
 import os
 import random
+import signal
 import string
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -123,6 +127,26 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrained
 def llama_folder(model_folder: Callable[[str], Path]) -> Path:
     """The tiny Llama: the model of every test that is not about families."""
     return model_folder("llama")
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start `ptq161 WORDS...` in a process of its own, which Ctrl-C reaches and which does not outlive the test."""
+    processes = []
+    # A process inherits that SIGINT is ignored, as a shell has it for its background jobs; a handler is not inherited.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def start(*words: object, **options: Any) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "ptq161", *map(str, words)]
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), "TERM": "dumb"}
+        processes.append(subprocess.Popen(command, env=environment, text=True, **options))
+        return processes[-1]
+
+    yield start
+    signal.signal(signal.SIGINT, before)
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 def _or_skip(path: Path, what: str) -> Path:

@@ -5,11 +5,9 @@ import json
 import os
 import pty
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from families import FAMILIES, build
@@ -19,7 +17,6 @@ from ptq161.chat import Conversation, converse, prompt_tokens
 from ptq161.errors import InputError
 from ptq161.generation import Sampling, stream
 
-SOURCE = str(Path(__file__).parents[1] / "src")
 ANY_TIME = {"seconds": 0, "first_token_seconds": 0, "tok_s": 0}
 QUESTIONS = ["The river holds", "Why?", "And the stone of the garden"]
 
@@ -236,7 +233,7 @@ def test_settings_out_of_range_are_refused_before_the_model_is_read(chat):
     assert status == 2 and "temperature=-1.0 is out of range" in err[-1]
 
 
-def test_interrupts_on_a_terminal(tmp_path, chat_tokenizer):
+def test_interrupts_on_a_terminal(started, tmp_path, chat_tokenizer):
     """Ctrl-C during an answer that never ends, then at the prompt."""
     config = FAMILIES["llama"]()
     config.eos_token_id = None
@@ -245,25 +242,8 @@ def test_interrupts_on_a_terminal(tmp_path, chat_tokenizer):
     tokenizer.chat_template = chat_tokenizer.chat_template
     tokenizer.save_pretrained(tmp_path)
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "ptq161",
-            "chat",
-            tmp_path,
-            "--max-new-tokens",
-            "1000000",
-            "--temperature",
-            "1",
-            "--device",
-            "cpu",
-        ],
-        env={**os.environ, "PYTHONPATH": SOURCE, "TERM": "dumb"},
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-    )
+    options = ["--max-new-tokens", "1000000", "--temperature", "1", "--device", "cpu"]
+    process = started("chat", tmp_path, *options, stdin=theirs, stdout=theirs, stderr=theirs)
     seen, limit = "", time.monotonic() + 120
 
     def wait_for(what):

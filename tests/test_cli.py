@@ -564,23 +564,17 @@ def test_interruption_that_a_library_made_an_error_of(ptq161, monkeypatch, packe
     assert ptq161("inspect", packed[2]) == (130, "", ["ptq161: error: interrupted"])
 
 
-def test_interrupted_and_continued(ptq161, refused, tmp_path, llama_folder, calibration_file):
+def test_interrupted_and_continued(ptq161, refused, started, tmp_path, llama_folder, calibration_file):
     out = tmp_path / "out"
     words = ["quantize", llama_folder, out, "--calib", calibration_file, *QUICK, "--json"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ptq161", *map(str, words), "--epochs", "100000"],  # never ends on its own
-        env={**os.environ, "PYTHONPATH": SOURCE},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    endless = started(*words, "--epochs", "100000", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     limit = time.monotonic() + 120
     while not (tmp_path / "out.partial" / "job.json").exists():
-        assert process.poll() is None and time.monotonic() < limit
+        assert endless.poll() is None and time.monotonic() < limit
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert (process.returncode, stdout) == (130, ""), stderr
+    endless.send_signal(signal.SIGINT)
+    stdout, stderr = endless.communicate(timeout=60)
+    assert (endless.returncode, stdout) == (130, ""), stderr
     expected = "ptq161: error: interrupted; finished blocks are kept, the same command continues"
     assert stderr.splitlines()[-1] == expected
     assert (tmp_path / "out.partial").is_dir() and not out.exists()

@@ -1,7 +1,6 @@
 """The server as OpenAI's own client sees it, on loopback."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -9,7 +8,6 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import openai
@@ -26,7 +24,6 @@ from ptq161.linear import PackedLinear
 from ptq161.serve import Server, listen, name_of, url_of
 from ptq161.sources import open_model
 
-SOURCE = str(Path(__file__).parents[1] / "src")
 WHY = [{"role": "user", "content": "Why?"}]
 RIVER = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "The river"}]
 
@@ -304,16 +301,10 @@ def test_without_the_extra(monkeypatch, capsys):
     assert capsys.readouterr() == ("", line)
 
 
-def test_the_command(chat_folder):
+def test_the_command(chat_folder, started):
     """A process of its own: says where it listens, answers, and ends with code 0 on Ctrl-C."""
     words = ["serve", chat_folder, "--port", "0", "--mode", "packed", "--activations", "float32", "--device", "cpu"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ptq161", *words, "--name", "mine", "--json"],
-        env={**os.environ, "PYTHONPATH": SOURCE},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = started(*words, "--name", "mine", "--json", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     ready = json.loads(process.stdout.readline())
     assert ready["model"] == "mine"
     with openai.OpenAI(base_url=ready["url"], api_key="any", max_retries=0, timeout=60) as client:
