@@ -5,7 +5,7 @@
 # make sanitize  the C++ kernels under address and undefined-behaviour sanitizers
 # make neon    the kernels for 64-bit ARM, cross-compiled and run under qemu (Debian: g++-aarch64-linux-gnu qemu-user)
 # make soak    kill runs at random moments and let the same command go on
-# make fuzz    20,000 mutants of packed checkpoints, settings and texts (`make test` has 2,000)
+# make fuzz    20,000 mutants of packed checkpoints, settings and texts (`make test` has 1,000)
 # make bench   time per decoder block and where it goes
 
 PYTHON ?= python3
@@ -24,10 +24,11 @@ TEXT := .cache/exllamav3/exllamav3/conversion/standard_cal_data/wiki.utf8
 env: $(ENV)
 
 # torch first and spelled exactly so: a local CPU file of that version is taken if pip is told of one.
+# Bytecode is left to the first import: pip would compile 20,000 files, most of which nothing here imports.
 $(ENV): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile $(TORCH)
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m ptq161.kernels
 	touch $@
 

@@ -58,17 +58,23 @@ def contents(out: Path) -> dict[str, Any]:
     return files
 
 
+def ready_processes() -> Any:
+    """Where processes come from that have imported everything already: only the first waits for it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ptq161.pipeline"])
+    return context
+
+
 def soak(folder: Path, kills: int, seed: int) -> list[dict[str, Any]]:
     """Kill and continue `kills` runs. Returns for each when it was killed (share of a run) and what was there then.
 
     Raises AssertionError if a continued run fails or gives other bytes.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ptq161.pipeline"])
+    processes = ready_processes()
     make_model(folder)
 
     def start(out: Path) -> Any:
-        process = context.Process(target=quantize, args=(folder, out))
+        process = processes.Process(target=quantize, args=(folder, out))
         process.start()
         return process
 

@@ -60,8 +60,7 @@ def row(method: str, ppl: float | None, bits: float | None = None, **more: Any) 
     } | more
 
 
-@pytest.fixture
-def rows() -> list[dict[str, Any]]:
+def all_rows() -> list[dict[str, Any]]:
     return [
         row("full-precision", 20.0),
         row("gptq-w2g128", 5000.0, 2.75),
@@ -72,13 +71,28 @@ def rows() -> list[dict[str, Any]]:
     ]
 
 
-@pytest.fixture
-def comparison(rows: list[dict[str, Any]]) -> Comparison:
+def whole_comparison(rows: list[dict[str, Any]]) -> Comparison:
     channels = [{"block": 0, "linear": "q_proj", "inputs": [1.0, 9.0, 0.5], "weights": [0.1, 0.2, 0.1]}]
     ablations = {"x/rows.jsonl": [{"variant": "full precision"} | rows[0], {"variant": "no mask"} | rows[1]]}
     maps = {"paper": [["1bit", "4bit", "1bit"], ["1bit", "1bit", "4bit"]]}
     memory = {"LLaMA-7B": {"16 bits": 13_480_000_000, "PTQ1.61": 1_830_000_000}}
     return arranged(rows, Path("r"), ablations=ablations, channels=channels, maps=maps, memory=memory)
+
+
+@pytest.fixture
+def rows() -> list[dict[str, Any]]:
+    return all_rows()
+
+
+@pytest.fixture
+def comparison(rows: list[dict[str, Any]]) -> Comparison:
+    return whole_comparison(rows)
+
+
+@pytest.fixture(scope="module")
+def whole_page() -> str:
+    """The page of the comparison above, drawn once."""
+    return comparison_page(whole_comparison(all_rows()))
 
 
 def text_of(comparison: Comparison) -> str:
@@ -186,8 +200,8 @@ def test_map_figure_marks_the_wider_channels() -> None:
 # Page
 
 
-def test_page_says_the_numbers(comparison: Comparison) -> None:
-    text = text_of(comparison)
+def test_page_says_the_numbers(whole_page: str) -> None:
+    text = Outline(whole_page).text
     for expected in (
         "Tiny.Q4_1: 3 ways to make it smaller",
         "4,096 tokens of train.txt",
@@ -204,14 +218,13 @@ def test_page_says_the_numbers(comparison: Comparison) -> None:
         assert expected in text, expected
 
 
-def test_page_is_whole_and_asks_for_nothing(comparison: Comparison) -> None:
-    text = comparison_page(comparison)
-    outline = Outline(text)
+def test_page_is_whole_and_asks_for_nothing(whole_page: str) -> None:
+    outline = Outline(whole_page)
     assert outline.open == []
     assert outline.tags.isdisjoint({"script", "link", "iframe", "object", "img", "base"})
     assert all(reference.startswith("#") for reference in outline.references)
     assert len(set(outline.ids)) == len(outline.ids)
-    assert "@import" not in text and "url(http" not in text
+    assert "@import" not in whole_page and "url(http" not in whole_page
 
 
 def test_page_leaves_out_what_nobody_measured(rows: list[dict[str, Any]]) -> None:
@@ -250,9 +263,9 @@ def test_perplexity_of_a_task_is_no_share(rows: list[dict[str, Any]]) -> None:
     assert task_scores(arranged(rows, Path("r"))) == {"lambada: acc": [("full precision", 0.3, 0.02)]}
 
 
-def test_files(comparison: Comparison, tmp_path: Path) -> None:
+def test_files(comparison: Comparison, whole_page: str, tmp_path: Path) -> None:
     result = write_report(comparison, tmp_path)
-    assert (tmp_path / "report.html").read_text() == comparison_page(comparison)
+    assert (tmp_path / "report.html").read_text() == whole_page
     assert set(result["figures"]) == {"bits-1", "bits-2", "parts", "blocks", "effort", "channels", "map-paper"}
     for path in result["figures"].values():
         assert Path(path).read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""2,000 mutants of packed checkpoints, settings and texts: each is read right or refused in one line (fuzzing.py)."""
+"""1,000 mutants of packed checkpoints, settings and texts: each is read right or refused in one line (fuzzing.py)."""
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +8,7 @@ from fuzzing import Outcome, make_subjects, message_problem, run, through
 
 from ptq161.errors import InputError
 
-MUTANTS = 2000
+MUTANTS = 1000
 
 
 @pytest.mark.slow

@@ -3,15 +3,16 @@
 import json
 import os
 import signal
-import subprocess
-import sys
+from pkgutil import resolve_name
 
 import pytest
 import torch
+from soak import ready_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("peft")
 
+from ptq161 import restoration
 from ptq161.cli import main
 from ptq161.errors import InputError
 from ptq161.pipeline import quantize
@@ -197,11 +198,17 @@ def test_a_result_that_exists_is_kept(run, tmp_path):
 def test_killed_at_any_moment_the_same_command_continues(run, tmp_path, llama_folder, calibration_file, once):
     run(tmp_path / "whole", steps=12)
     out = tmp_path / "killed"
-    command = [sys.executable, "-c", KILLED, str(llama_folder), str(out), str(calibration_file), str(once)]
+
+    def exit_code(moment, call):
+        arguments = (moment, call, llama_folder, out, str(calibration_file), once)
+        process = ready_processes().Process(target=preprocess_until, args=arguments)
+        process.start()
+        process.join()
+        return process.exitcode
+
     for moment, call in MOMENTS:
-        killed = subprocess.run([*command, moment, str(call)], env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert killed.returncode == -signal.SIGKILL and not out.exists()
-    assert subprocess.run([*command, *NEVER], env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == 0
+        assert exit_code(moment, call) == -signal.SIGKILL and not out.exists()
+    assert exit_code("torch.save", NEVER) == 0
     assert files_of(out) == files_of(tmp_path / "whole")
 
 
@@ -211,23 +218,22 @@ MOMENTS = [
     ("torch.save", 6),  # with half a checkpoint
     ("ptq161.preprocess.write_json", 1),  # with a model that lacks its record
 ]
-NEVER = ("torch.save", "0")
-KILLED = f"""
-import os, signal, sys, torch
-from pkgutil import resolve_name
-from ptq161 import preprocess, restoration
-torch.set_num_threads(1)
-restoration.SECONDS_BETWEEN_SAVES = 0.0
-model, out, text, once, moment, left = sys.argv[1:]
-calls_left = int(left)
-whole = resolve_name(moment)
-def killed(*arguments, **keywords):
-    global calls_left
-    calls_left -= 1
-    if calls_left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return whole(*arguments, **keywords)
-holder, name = moment.rsplit(".", 1)
-setattr(resolve_name(holder), name, killed)
-preprocess.preprocess(model, out, text=[text], quantized=once, **{SETTINGS | {"steps": 12}!r})
-"""
+NEVER = 0
+
+
+def preprocess_until(moment, calls_left, model, out, text, once):
+    """Preprocess, and kill this process as soon as `moment` is called for the `calls_left`-th time."""
+    torch.set_num_threads(1)
+    restoration.SECONDS_BETWEEN_SAVES = 0.0
+    holder, name = moment.rsplit(".", 1)
+    whole = resolve_name(moment)
+
+    def killed(*arguments, **keywords):
+        nonlocal calls_left
+        calls_left -= 1
+        if calls_left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*arguments, **keywords)
+
+    setattr(resolve_name(holder), name, killed)
+    preprocess(model, out, text=[text], quantized=once, **SETTINGS | {"steps": 12})

@@ -1,15 +1,17 @@
 """Runs that are killed, or that find the disk full or read-only: nothing is lost, the same command continues."""
 
 import os
+import resource
 import subprocess
 import sys
-from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
-from soak import SETTINGS, contents, make_model, soak
+import torch
+from soak import SETTINGS, contents, make_model, ready_processes, soak
 
 import ptq161
-from ptq161 import pipeline
+from ptq161 import cli, pipeline
 
 
 @pytest.mark.slow
@@ -25,13 +27,24 @@ def model(tmp_path):
     return tmp_path
 
 
-def run_in_process(folder, out, preamble=""):
-    """The command in a process of its own; `preamble` runs first."""
+def command(arguments, limit, printed):
+    """What the process of `run_in_process` does; what it prints goes to two files."""
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(printed / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    torch.set_num_threads(1)
+    sys.exit(cli.main(arguments))
+
+
+def run_in_process(folder, out, limit=None):
+    """The command in a process of its own, which cannot write beyond `limit` bytes of a file."""
     arguments = ["quantize", str(folder / "model"), str(out), *ARGUMENTS, str(folder / "text.txt")]
-    imports = "import sys, torch\ntorch.set_num_threads(1)\nfrom ptq161.cli import main"
-    script = f"{preamble}\n{imports}\nsys.exit(main({arguments!r}))"
-    environment = {**os.environ, "PYTHONPATH": str(Path(ptq161.__file__).parents[1])}
-    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    process = ready_processes().Process(target=command, args=(arguments, limit, folder))
+    process.start()
+    process.join()
+    out, err = ((folder / name).read_text() for name in ("out", "err"))
+    return CompletedProcess(arguments, process.exitcode, out, err)
 
 
 ARGUMENTS = ["--quiet", "--preset", "best", "--samples", "3", "--seqlen", "16", "--bits", "3.0", "--epochs", "1"]
@@ -44,16 +57,15 @@ ARGUMENTS.append("--calib")
 @pytest.mark.parametrize("limit", [4_000, 30_000, 60_000])
 def test_files_that_cannot_grow_are_a_clear_line_and_the_run_continues(limit, model, tmp_path):
     """RLIMIT_FSIZE stands for a full disk: writing beyond it fails with an error from the system."""
-    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
-    done = run_in_process(model, tmp_path / "out", limited)
+    done = run_in_process(model, tmp_path / "packed", limit)
     assert done.returncode == 1 and done.stdout == ""
     assert "ptq161: error: cannot write below" in done.stderr.splitlines()[-1]
     assert "the same command continues" in done.stderr.splitlines()[-1]
-    assert not (tmp_path / "out").exists()
-    done = run_in_process(model, tmp_path / "out")
+    assert not (tmp_path / "packed").exists()
+    done = run_in_process(model, tmp_path / "packed")
     assert done.returncode == 0, done.stderr
     assert run_in_process(model, tmp_path / "whole").returncode == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "packed") == contents(tmp_path / "whole")
 
 
 @pytest.fixture
