@@ -116,19 +116,25 @@ def test_a_gguf_computes_what_its_model_did(gguf_file):
 
 
 @pytest.mark.parametrize("opening", [open_dense, open_model])
-def test_a_gguf_header_is_parsed_once_for_all_parts_and_again_for_the_next_model(opening, gguf_file, monkeypatch):
-    parsed = []
+def test_a_gguf_is_parsed_once_for_all_parts_and_again_for_the_next_model(opening, gguf_file, monkeypatch):
+    parsed, listed, names = [], [], gguf.get_tensor_name_map
 
     class Counted(gguf.GGUFReader):
         def __init__(self, path):
             parsed.append(path)
             super().__init__(path)
 
+    def counted(*arguments):
+        listed.append(arguments)
+        return names(*arguments)
+
     monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    monkeypatch.setattr(gguf, "get_tensor_name_map", counted)
     for times in (1, 2):
         opening(gguf_file[0])
         assert parsed == [str(gguf_file[0])] * times
-        assert gguf.GGUFReader is Counted
+        assert len(listed) == times
+        assert gguf.GGUFReader is Counted and gguf.get_tensor_name_map is counted
 
 
 def test_a_gguf_can_be_saved_again(gguf_file, tmp_path):

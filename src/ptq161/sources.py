@@ -45,15 +45,18 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 class _Location:
     """Where transformers finds a model: `given` by the user, the first argument and keywords of `from_pretrained`.
 
-    gguf_reader: in place of the gguf package's, with which transformers parses all of a file's header, vocabulary
-    included, for each part of a model and several times for some; this one does so once.
+    gguf_calls: in place of the gguf package's own. With those, transformers parses all of a file's header, vocabulary
+    included, for each part of a model and several times for some, and lists an architecture's names of tensors for
+    every module; these do so once.
     """
 
     given: str
     name: str
     gguf_file: str | None = None
     local_only: bool = True
-    gguf_reader: Callable[[str], gguf.GGUFReader] = field(default_factory=lambda: cache(gguf.GGUFReader))
+    gguf_calls: dict[str, Callable[..., Any]] = field(
+        default_factory=lambda: {name: cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    )
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -276,13 +279,13 @@ def _loading(part: str, location: _Location) -> Iterator[None]:
     what = f"cannot load the {part} of {location.given}"
     if location.name == location.given and not Path(location.given).exists():
         what = f"{location.given} is neither a local folder or file nor a model from the Hugging Face hub"
-    original = gguf.GGUFReader
-    gguf.GGUFReader = location.gguf_reader  # type: ignore[misc, assignment]
+    originals = {name: getattr(gguf, name) for name in location.gguf_calls}
+    vars(gguf).update(location.gguf_calls)
     try:
         with complaints(what), _quiet(bars=not location.local_only):
             yield
     finally:
-        gguf.GGUFReader = original  # type: ignore[misc]
+        vars(gguf).update(originals)
 
 
 @contextmanager
