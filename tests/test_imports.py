@@ -30,7 +30,8 @@ ALLOWED = {
     "blocks": "ranks space",
     "discovery": "blocks budget space",
     "dense": "discovery",
-    "sensitivity": "ranks arithmetic dense discovery blocks space mixed binarize budget",
+    "draws": "",
+    "sensitivity": "draws ranks arithmetic dense discovery blocks space mixed binarize budget",
     "fit": "ranks arithmetic latent blocks binarize config",
     "methods": "fit compensation mixed latent blocks binarize machine config",  # never linear, never kernels
     "walk": "ranks arithmetic methods fit latent sensitivity allocation dense discovery blocks space budget layout "
@@ -60,7 +61,7 @@ ALLOWED = {
     "checkpoint": "ranks dense blocks space latent layout binarize",
     # text and models from outside
     "hub": "",
-    "selftext": "",
+    "selftext": "draws",
     "data": "hub selftext config",
     "sources": "dense contents hf foreign hub config",
     # commands
@@ -116,6 +117,7 @@ THIRD_PARTY = {
     "packing": "torch jaxtyping",
     "fit": "torch jaxtyping",
     "passes": "torch jaxtyping",
+    "draws": "torch jaxtyping",
     "methods": "torch jaxtyping",
     "kernels": "torch jaxtyping triton",
     "linear": "torch jaxtyping",

@@ -3,6 +3,7 @@ import torch
 from families import FAMILIES, VOCABULARY, build
 
 from ptq161 import selftext
+from ptq161.draws import tokens_at
 from ptq161.errors import NonFiniteError
 from ptq161.selftext import continuations, sample_from_model
 
@@ -44,7 +45,8 @@ def test_each_token_is_drawn_after_all_earlier_ones(model):
     with torch.no_grad():
         for _ in range(6):
             probabilities = model(prefix).logits[:, -1].softmax(dim=-1)
-            prefix = torch.cat([prefix, torch.multinomial(probabilities, 1, generator=same_draws)], dim=1)
+            following = tokens_at(torch.rand(3, generator=same_draws), probabilities)
+            prefix = torch.cat([prefix, following[:, None]], dim=1)
     assert torch.equal(samples, prefix[:, 1:])
 
 
@@ -74,7 +76,8 @@ def test_more_of_a_text_is_drawn_after_all_that_stands_before(model):
     with torch.no_grad():
         for _ in range(7):
             probabilities = model(prefix).logits[:, -1].softmax(dim=-1)
-            prefix = torch.cat([prefix, torch.multinomial(probabilities, 1, generator=same_draws)], dim=1)
+            following = tokens_at(torch.rand(3, generator=same_draws), probabilities)
+            prefix = torch.cat([prefix, following[:, None]], dim=1)
     assert drawn.equal(prefix)
 
 

@@ -13,6 +13,7 @@ from ptq161.blocks import float32_vectors
 from ptq161.budget import LinearShape
 from ptq161.dense import DenseModel
 from ptq161.discovery import decoder_blocks, first_hidden, linear_shapes, trace, without_blocks
+from ptq161.draws import tokens_at
 from ptq161.errors import NonFiniteError
 from ptq161.mixed import best_scale
 from ptq161.sensitivity import Squares, column_harm, measure_squares, shared_harms
@@ -83,7 +84,7 @@ def whole_model_squares(model, linears, products):
     with float32_vectors(model), torch.autocast("cpu", torch.bfloat16, enabled=products == torch.bfloat16):
         for sample in SAMPLES:
             logits = model(sample[None], use_cache=False).logits[0].float()
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=draws)[:, 0]
+            drawn = tokens_at(torch.rand(len(sample), generator=draws), logits.detach().softmax(-1))
             nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
     for handle in handles:
         handle.remove()
@@ -110,7 +111,7 @@ def drawn_labels(model, products):
     for sample in SAMPLES:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=products == torch.bfloat16):
             chances = model(sample[None], use_cache=False).logits[0].float().softmax(-1)
-        labels.append(torch.multinomial(chances, 1, generator=draws)[:, 0])
+        labels.append(tokens_at(torch.rand(len(sample), generator=draws), chances))
     return labels
 
 

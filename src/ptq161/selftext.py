@@ -7,6 +7,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ptq161.draws import tokens_at
 from ptq161.errors import NonFiniteError
 
 _SEQUENCES_AT_ONCE = 64
@@ -89,5 +90,6 @@ def _continued(
         probabilities = output.logits[:, -1].float().softmax(dim=-1).cpu()
         if not probabilities.isfinite().all():
             raise NonFiniteError(f"{type(model).__name__} gives NaN or infinite logits; it cannot write its own text")
-        tokens.append(torch.multinomial(probabilities, num_samples=1, generator=generator))
+        points = torch.rand(len(probabilities), generator=generator)
+        tokens.append(tokens_at(points, probabilities)[:, None])
     return torch.cat(tokens, dim=1)

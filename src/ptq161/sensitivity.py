@@ -26,6 +26,7 @@ from ptq161.blocks import BlockCall, float32_vectors
 from ptq161.budget import LinearShape
 from ptq161.dense import DenseModel
 from ptq161.discovery import block_linears, replaced_blocks, without_blocks
+from ptq161.draws import tokens_at
 from ptq161.errors import NonFiniteError
 from ptq161.mixed import best_scale
 from ptq161.space import Space
@@ -158,10 +159,9 @@ def _gradients_after_blocks(
         replaced_blocks(blocks, forward),
         products_in(dtype, device),
     ):
-        vocabulary = outside.config.get_text_config().vocab_size
         for index, sample in enumerate(samples):
-            if not ranks.own([index]):  # a draw like the one made elsewhere: the next sample's labels depend on it
-                torch.multinomial(torch.ones(len(sample), vocabulary), 1, generator=generator)
+            points = torch.rand(len(sample), generator=generator)  # by every rank: the next sample's depend on it
+            if not ranks.own([index]):
                 continue
             number = index // ranks.count()
             leaf = hidden[number : number + 1].to(device, copy=True).requires_grad_()
@@ -169,7 +169,7 @@ def _gradients_after_blocks(
             chances = logits.detach().softmax(-1).cpu()  # drawn on the CPU: the same labels on every device
             if not chances.isfinite().all():
                 raise NonFiniteError(f"{type(model.skeleton).__name__} predicts NaN on calibration sample {index}.")
-            drawn = torch.multinomial(chances, 1, generator=generator)[:, 0].to(device)
+            drawn = tokens_at(points, chances).to(device)
             nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
             assert leaf.grad is not None
             hidden[number] = leaf.grad[0]
