@@ -8,13 +8,14 @@ process gets SIGKILL after a random part of the time that an uninterrupted run t
 
 import argparse
 import json
-import multiprocessing
 import random
 import shutil
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from together import ready_processes
 
 SETTINGS: dict[str, Any] = {
     "preset": "best",
@@ -56,13 +57,6 @@ def contents(out: Path) -> dict[str, Any]:
     files: dict[str, Any] = {path.name: path.read_bytes() for path in out.iterdir()}
     files["run.json"] = json.loads(files["run.json"]) | {"timing": None}
     return files
-
-
-def ready_processes() -> Any:
-    """Where processes come from that have imported everything already: only the first waits for it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ptq161.pipeline"])
-    return context
 
 
 def soak(folder: Path, kills: int, seed: int) -> list[dict[str, Any]]:

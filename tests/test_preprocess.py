@@ -7,7 +7,7 @@ from pkgutil import resolve_name
 
 import pytest
 import torch
-from soak import ready_processes
+from together import ready_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("peft")

@@ -8,7 +8,8 @@ from subprocess import CompletedProcess
 
 import pytest
 import torch
-from soak import SETTINGS, contents, make_model, ready_processes, soak
+from soak import SETTINGS, contents, make_model, soak
+from together import ready_processes
 
 import ptq161
 from ptq161 import cli, pipeline

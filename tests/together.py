@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks, as torchrun would start them but without importing everything anew."""
+"""Processes that need not import everything anew, and several of them as gloo ranks, as torchrun would start them."""
 
 import multiprocessing
 import os
@@ -10,16 +10,21 @@ from typing import Any
 import torch
 
 
-def on_ranks(folder: Path, function: Callable[..., Any], *arguments: Any, count: int = 2) -> list[Any]:
-    """What `function(*arguments)` returns on each rank; a string for a rank where it raises. `folder` is for files."""
+def ready_processes() -> Any:
+    """Where processes come from that have imported everything already: only the first waits for it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ptq161.pipeline", "ptq161.evaluate.perplexity"])
+    return context
+
+
+def on_ranks(folder: Path, function: Callable[..., Any], *arguments: Any, count: int = 2) -> list[Any]:
+    """What `function(*arguments)` returns on each rank; a string for a rank where it raises. `folder` is for files."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     results = [folder / f"rank-{rank}.pt" for rank in range(count)]
     processes = [
-        context.Process(target=_run, args=(rank, count, port, results[rank], function, arguments))
+        ready_processes().Process(target=_run, args=(rank, count, port, results[rank], function, arguments))
         for rank in range(count)
     ]
     for process in processes:
