@@ -7,7 +7,7 @@ from pkgutil import resolve_name
 
 import pytest
 import torch
-from together import ready_processes
+from together import exit_code
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("peft")
@@ -198,17 +198,10 @@ def test_a_result_that_exists_is_kept(run, tmp_path):
 def test_killed_at_any_moment_the_same_command_continues(run, tmp_path, llama_folder, calibration_file, once):
     run(tmp_path / "whole", steps=12)
     out = tmp_path / "killed"
-
-    def exit_code(moment, call):
-        arguments = (moment, call, llama_folder, out, str(calibration_file), once)
-        process = ready_processes().Process(target=preprocess_until, args=arguments)
-        process.start()
-        process.join()
-        return process.exitcode
-
+    arguments = (llama_folder, out, str(calibration_file), once)
     for moment, call in MOMENTS:
-        assert exit_code(moment, call) == -signal.SIGKILL and not out.exists()
-    assert exit_code("torch.save", NEVER) == 0
+        assert exit_code(preprocess_until, moment, call, *arguments) == -signal.SIGKILL and not out.exists()
+    assert exit_code(preprocess_until, "torch.save", NEVER, *arguments) == 0
     assert files_of(out) == files_of(tmp_path / "whole")
 
 

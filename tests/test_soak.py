@@ -9,7 +9,7 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 from soak import SETTINGS, contents, make_model, soak
-from together import ready_processes
+from together import exit_code
 
 import ptq161
 from ptq161 import cli, pipeline
@@ -30,7 +30,7 @@ def model(tmp_path):
 
 def command(arguments, limit, printed):
     """What the process of `run_in_process` does; what it prints goes to two files."""
-    for stream, name in ((1, "out"), (2, "err")):
+    for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(printed / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -41,11 +41,8 @@ def command(arguments, limit, printed):
 def run_in_process(folder, out, limit=None):
     """The command in a process of its own, which cannot write beyond `limit` bytes of a file."""
     arguments = ["quantize", str(folder / "model"), str(out), *ARGUMENTS, str(folder / "text.txt")]
-    process = ready_processes().Process(target=command, args=(arguments, limit, folder))
-    process.start()
-    process.join()
-    out, err = ((folder / name).read_text() for name in ("out", "err"))
-    return CompletedProcess(arguments, process.exitcode, out, err)
+    code = exit_code(command, arguments, limit, folder)
+    return CompletedProcess(arguments, code, *((folder / name).read_text() for name in ("stdout", "stderr")))
 
 
 ARGUMENTS = ["--quiet", "--preset", "best", "--samples", "3", "--seqlen", "16", "--bits", "3.0", "--epochs", "1"]
@@ -58,15 +55,15 @@ ARGUMENTS.append("--calib")
 @pytest.mark.parametrize("limit", [4_000, 30_000, 60_000])
 def test_files_that_cannot_grow_are_a_clear_line_and_the_run_continues(limit, model, tmp_path):
     """RLIMIT_FSIZE stands for a full disk: writing beyond it fails with an error from the system."""
-    done = run_in_process(model, tmp_path / "packed", limit)
+    done = run_in_process(model, tmp_path / "out", limit)
     assert done.returncode == 1 and done.stdout == ""
     assert "ptq161: error: cannot write below" in done.stderr.splitlines()[-1]
     assert "the same command continues" in done.stderr.splitlines()[-1]
-    assert not (tmp_path / "packed").exists()
-    done = run_in_process(model, tmp_path / "packed")
+    assert not (tmp_path / "out").exists()
+    done = run_in_process(model, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert run_in_process(model, tmp_path / "whole").returncode == 0
-    assert contents(tmp_path / "packed") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.fixture

@@ -17,14 +17,24 @@ def ready_processes() -> Any:
     return context
 
 
+def exit_code(function: Callable[..., object], *arguments: Any) -> int | None:
+    """That of such a process, which calls `function(*arguments)`."""
+    process = ready_processes().Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    code: int | None = process.exitcode
+    return code
+
+
 def on_ranks(folder: Path, function: Callable[..., Any], *arguments: Any, count: int = 2) -> list[Any]:
     """What `function(*arguments)` returns on each rank; a string for a rank where it raises. `folder` is for files."""
+    context = ready_processes()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     results = [folder / f"rank-{rank}.pt" for rank in range(count)]
     processes = [
-        ready_processes().Process(target=_run, args=(rank, count, port, results[rank], function, arguments))
+        context.Process(target=_run, args=(rank, count, port, results[rank], function, arguments))
         for rank in range(count)
     ]
     for process in processes:
